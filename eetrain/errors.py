@@ -1,0 +1,47 @@
+"""The errors a user can cause, each with a hint that says what to do."""
+
+from __future__ import annotations
+
+
+class EETrainError(ValueError):
+    """Base of all errors whose cause is the user's input.
+
+    Args:
+        message: what was set and what was found.
+        hint: what to do about it; the command line prints it after ``HINT:``.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} HINT: {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[EETrainError], message: str, hint: str) -> EETrainError:
+    return kind(message, hint=hint)
+
+
+class ConfigError(EETrainError):
+    """A setting has a wrong key, type, value or contradicts another one."""
+
+
+class UnsupportedModelError(EETrainError):
+    """A backbone lacks a part that `eetrain` needs, or works in a way it cannot follow."""
+
+
+class CheckpointError(EETrainError):
+    """A checkpoint is missing, cut short, or belongs to another model."""
+
+
+class DataError(EETrainError):
+    """A data file is missing, empty or holds a row that cannot be read."""
+
+
+class TopologyError(EETrainError):
+    """Ranks, stages, micro-batches or devices do not fit together."""
