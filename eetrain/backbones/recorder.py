@@ -1,0 +1,67 @@
+"""Stand-ins for blocks that record what they are called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a block besides the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in a block's output, which is a tensor or a tuple that starts with one."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+class Recorder(nn.Module):
+    """Stands where a block stood: keeps the arguments, returns the hidden state as it came.
+
+    Args:
+        block: the real block; its attributes (``attention_type``, say) stay readable through the recorder.
+        returns_tuple: whether the family's blocks return a tuple.
+    """
+
+    call: Call | None
+    hidden: Tensor | None
+
+    def __init__(self, block: nn.Module, returns_tuple: bool = False) -> None:
+        super().__init__()
+        self.__dict__["block"] = block
+        self.__dict__["call"] = None
+        self.__dict__["hidden"] = None
+        self.returns_tuple = returns_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Record and pass on."""
+        if args:
+            hidden, rest = args[0], args[1:]
+        else:
+            kwargs = dict(kwargs)
+            hidden, rest = kwargs.pop("hidden_states"), ()
+        self.__dict__["call"] = Call(rest, kwargs)
+        self.__dict__["hidden"] = hidden
+        return (hidden,) if self.returns_tuple else hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+
+class Tap(Recorder):
+    """A recorder that also runs the real block and keeps its output."""
+
+    output: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Record, then run the block."""
+        super().forward(*args, **kwargs)
+        self.__dict__["output"] = self.__dict__["block"](*args, **kwargs)
+        return self.__dict__["output"]

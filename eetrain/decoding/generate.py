@@ -1,0 +1,157 @@
+"""`model.generate`: transformers prepares and checks everything around the loop, eetrain runs the loop."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
+
+from eetrain.decoding.loop import EarlyExitOutput, decode
+from eetrain.decoding.policies import Never, Policy, parse_policy
+from eetrain.decoding.runner import Runner
+from eetrain.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from eetrain.exits import MultiExitModel
+
+_REFUSED_ARGUMENTS = {
+    "assistant_model": "speculation with a second model",
+    "past_key_values": "starting from a cache of somebody else's",
+    "inputs_embeds": "prompts given as embeddings",
+    "negative_prompt_ids": "classifier-free guidance",
+    "custom_generate": "another generation loop",
+}
+_REFUSED_SETTINGS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), "beam search would have to reorder rows whose depths differ"),
+    "penalty_alpha": ((None, 0), "contrastive search compares hidden states of the full depth"),
+    "dola_layers": ((None,), "DoLa contrasts layers that an early token does not run"),
+    "assistant_early_exit": ((None,), "it drafts with transformers' own loop"),
+    "prompt_lookup_num_tokens": ((None,), "it verifies with transformers' own loop"),
+    "prefill_chunk_size": ((None,), "the prompt is run in one piece"),
+    "cache_implementation": (
+        (None, "dynamic", "hybrid"),
+        "eetrain keeps a cache of its own, with ragged lengths",
+    ),
+    "use_cache": ((None, True), "the loop is built on the cache"),
+    "output_attentions": ((None, False), "rows run different blocks"),
+    "output_hidden_states": ((None, False), "rows run different blocks"),
+}
+
+
+def generate(
+    model: MultiExitModel,
+    inputs: Tensor | None = None,
+    *,
+    exit_policy: str | Policy | None = None,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> Tensor | EarlyExitOutput:
+    """See :meth:`eetrain.exits.MultiExitModel.generate`."""
+    lm = model.causal_lm
+    policy = _policy(model, exit_policy)
+    _refuse(lm.generation_config, kwargs)
+    _check_cacheable(model)
+    kwargs["stopping_criteria"] = _stopping(lm, kwargs, tokenizer)
+
+    def loop(
+        lm: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor | EarlyExitOutput:
+        _check_positions(lm, input_ids, stopping_criteria)
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        runner = Runner(model, policy, input_ids, mask, positions)
+        return decode(runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            # transformers drops the streamer on its way to a custom loop, so the loop holds it as well.
+            result: Tensor | EarlyExitOutput = lm.generate(
+                inputs, custom_generate=loop, streamer=streamer, **kwargs
+            )
+    finally:
+        model.train(was_training)
+    return result
+
+
+def _policy(model: MultiExitModel, exit_policy: str | Policy | None) -> Policy:
+    if exit_policy is None:
+        exit_policy = getattr(model.causal_lm.generation_config, "exit_policy", None) or Never()
+    policy = parse_policy(exit_policy)
+    route = policy.route(model.exit_layers, model.num_blocks)
+    if route.end == model.num_blocks and not model.full_depth_loaded:
+        raise ConfigError(
+            f"Exit policy {policy} runs the full depth, but only blocks 1..{model.num_blocks} were loaded.",
+            hint="Load the whole backbone (depth=None), or use an always:l policy.",
+        )
+    return policy
+
+
+def _refuse(defaults: Any, kwargs: dict[str, Any]) -> None:
+    for name, what in _REFUSED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ConfigError(
+                f"generate({name}=...) is not supported with exits: {what}.",
+                hint="model.causal_lm.generate runs the plain model with all of transformers' modes.",
+            )
+    given = kwargs.get("generation_config") or defaults
+    for name, (allowed, why) in _REFUSED_SETTINGS.items():
+        value = kwargs.get(name, getattr(given, name, None))
+        if value not in allowed:
+            raise ConfigError(
+                f"generate({name}={value!r}) is not supported with exits: {why}.",
+                hint="Greedy search and sampling are; model.causal_lm.generate has the other modes.",
+            )
+
+
+def _check_cacheable(model: MultiExitModel) -> None:
+    config = model.causal_lm.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown or not model.anatomy.takes_cache:
+        found = ", ".join(sorted(unknown)) or "no key/value cache"
+        raise UnsupportedModelError(
+            f"Decoding with exits needs attention blocks with a key/value cache; this backbone has {found}.",
+            hint="model.causal_lm.generate decodes at full depth.",
+        )
+
+
+def _stopping(lm: Any, kwargs: dict[str, Any], tokenizer: Any) -> StoppingCriteriaList:
+    """The user's criteria, and stop strings, whose tokenizer transformers drops on its way to a custom loop."""
+    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+    strings = kwargs.pop("stop_strings", None)
+    if strings is not None:
+        if tokenizer is None:
+            raise ConfigError(
+                f"stop_strings={strings!r} needs a tokenizer.",
+                hint="Pass generate(..., tokenizer=tokenizer).",
+            )
+        criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
+    return criteria
+
+
+def _check_positions(lm: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList) -> None:
+    """Refuse a prompt that fills the model's positions; stop where they end."""
+    limit = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None:
+        return
+    if input_ids.shape[1] >= limit:
+        raise ConfigError(
+            f"The prompt has {input_ids.shape[1]} tokens, but the model has {limit} positions.",
+            hint="Shorten the prompt, or use a model with a longer context.",
+        )
+    asked = stopping_criteria.max_length
+    if asked is not None and asked > limit:
+        warnings.warn(
+            f"{asked} tokens asked for, the model has {limit} positions: stopping there.", stacklevel=2
+        )
+        stopping_criteria.append(MaxLengthCriteria(max_length=limit))

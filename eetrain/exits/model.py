@@ -1,0 +1,245 @@
+"""The backbone with its exits: what is trained, saved and decoded with.
+
+Shape suffixes: ``B`` batch, ``T`` positions, ``D`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from eetrain.backbones import (
+    Anatomy,
+    Call,
+    Harvest,
+    Harvester,
+    Projection,
+    causal_lm_of,
+    dissect,
+    final_norm,
+    output_projection,
+)
+from eetrain.backbones.loading import load_backbone
+from eetrain.backbones.routers import record_routers, router_loss
+from eetrain.errors import ConfigError
+from eetrain.exits.config import ExitConfig
+from eetrain.exits.heads import ExitHead, build_head
+
+if TYPE_CHECKING:
+    from eetrain.decoding.policies import Policy
+
+
+@dataclass(frozen=True)
+class MultiExitOutput:
+    """What a forward pass leaves for an objective: hidden states at the exits only, never logits.
+
+    Attributes:
+        hidden: exit layer -> residual stream ``[B, T, D]`` after that block.
+        features: exit layer -> ``[B, T, D]``, through the exit's head up to its output matrix.
+        projections: exit layer -> its map from features to logits.
+        full_features: normed output of the last block, or ``None`` if it was not run.
+        full_projection: the backbone's map to logits.
+        router_loss: weighted auxiliary loss of a mixture of experts, or ``None``.
+    """
+
+    hidden: dict[int, Tensor]
+    features: dict[int, Tensor]
+    projections: dict[int, Projection]
+    full_features: Tensor | None
+    full_projection: Projection
+    router_loss: Tensor | None
+
+
+class MultiExitModel(nn.Module):
+    """A Hugging Face decoder with exits after some of its blocks.
+
+    ``backbone``, ``exits.<l>`` and ``gates.<l>`` are the names of its parts in every state dict.
+
+    Args:
+        backbone: a causal LM or a PEFT wrapper around one; used as it is, never modified.
+        config: where exits stand and what their heads are; resolved against the backbone's depth.
+
+    Raises:
+        UnsupportedModelError: the backbone works in a way eetrain cannot follow.
+        ConfigError: exits outside the backbone.
+
+    Example:
+        >>> from eetrain.testing.tiny import tiny_model
+        >>> model = MultiExitModel(tiny_model("llama"), ExitConfig(layers=[1, 2]))
+        >>> sorted(model.exits)
+        ['1', '2']
+    """
+
+    def __init__(self, backbone: nn.Module, config: ExitConfig) -> None:
+        super().__init__()
+        self.anatomy: Anatomy = dissect(backbone)
+        self.config = config.resolved(self.anatomy.num_blocks)
+        self.backbone = backbone
+        total = getattr(causal_lm_of(backbone).config, "eetrain_full_depth", None)
+        self.full_depth_loaded = total is None
+        if config.head == "block" and not self.full_depth_loaded:
+            raise ConfigError(
+                "exits.head=block copies the last block, but only the first blocks were loaded.",
+                hint="Load the whole backbone (depth=None).",
+            )
+        heads = {
+            str(layer): build_head(
+                backbone, self.anatomy, self.config, layer, self.anatomy.num_blocks + place
+            )
+            for place, layer in enumerate(self.exit_layers)
+        }
+        self.exits = nn.ModuleDict(heads)
+        self.gates = nn.ModuleDict()
+
+    @classmethod
+    def attach(cls, backbone: nn.Module | str | Path, config: ExitConfig, **loading: Any) -> MultiExitModel:
+        """Attach fresh exits to a pretrained backbone.
+
+        Args:
+            backbone: a model, or a folder or hub id for :func:`eetrain.backbones.loading.load_backbone`.
+            config: the exits.
+            **loading: passed to ``load_backbone``: ``dtype``, ``depth``, ``trust_remote_code``...
+        """
+        if isinstance(backbone, nn.Module):
+            return cls(backbone, config)
+        return cls(load_backbone(backbone, **loading), config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **loading: Any) -> MultiExitModel:
+        """Load a multi-exit checkpoint written by :meth:`save_pretrained` or ``eetrain export``."""
+        from eetrain.checkpoints import load_checkpoint
+
+        return load_checkpoint(folder, **loading)
+
+    def save_pretrained(self, folder: str | Path, **extras: Any) -> Path:
+        """Write a folder that both this class and plain ``AutoModelForCausalLM`` open."""
+        from eetrain.checkpoints import save_checkpoint
+
+        return save_checkpoint(self, folder, **extras)
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Blocks after which exits stand, ascending."""
+        return tuple(self.config.layers or ())
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the backbone that are loaded."""
+        return self.anatomy.num_blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone's input goes."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face model inside ``backbone`` (the same object unless PEFT wraps it)."""
+        return causal_lm_of(self.backbone)
+
+    def head(self, layer: int) -> ExitHead:
+        """The head of the exit after block ``layer``."""
+        return self.exits[str(layer)]  # type: ignore[return-value]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        exits: Sequence[int] | None = None,
+        full_depth: bool = True,
+        routers: bool = False,
+    ) -> MultiExitOutput:
+        """Run the backbone once and keep the hidden states at the exits.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: ``[B, T]``, 1 for real tokens; ``None`` when all are, or when documents are packed.
+            position_ids: ``[B, T]``; restarting at 0 keeps packed documents apart.
+            exits: exit layers to keep; all by default.
+            full_depth: also run the blocks after the deepest exit. A frozen backbone is run without autograd.
+            routers: also compute the auxiliary loss of a mixture of experts.
+        """
+        layers = self.exit_layers if exits is None else tuple(exits)
+        if full_depth:
+            self._check_full_depth("the full depth")
+        harvester = Harvester(self.backbone, self.anatomy)
+        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            with record_routers(self.backbone, self.anatomy, enabled=routers) as router_logits:
+                harvest = harvester(input_ids, attention_mask=attention_mask, position_ids=position_ids)
+                hidden, last = self._run_to_exits(harvester, harvest, layers, full_depth)
+            auxiliary = router_loss(self.backbone, router_logits, attention_mask)
+        shared_norm, shared = self.shared_tail()
+        return MultiExitOutput(
+            hidden=hidden,
+            features={
+                layer: self.head(layer)(state, self.head_call(layer, harvest), shared_norm)
+                for layer, state in hidden.items()
+            },
+            projections={layer: self.head(layer).projection(shared) for layer in hidden},
+            full_features=None if last is None else shared_norm(last),
+            full_projection=shared,
+            router_loss=auxiliary,
+        )
+
+    def _run_to_exits(
+        self, harvester: Harvester, harvest: Harvest, layers: Sequence[int], full_depth: bool
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        state, done, hidden = harvest.hidden_BTD, 0, {}
+        for layer in sorted(layers):
+            state = harvester.run(harvest, state, range(done + 1, layer + 1))
+            hidden[layer], done = state, layer
+        if not full_depth:
+            return hidden, None
+        return hidden, harvester.run(harvest, state, range(done + 1, self.num_blocks + 1))
+
+    def shared_tail(self) -> tuple[nn.Module, Projection]:
+        """The backbone's final norm and map to logits."""
+        return final_norm(self.backbone, self.anatomy), output_projection(self.backbone, self.anatomy)
+
+    def head_call(self, layer: int, harvest: Harvest) -> Call:
+        """Arguments for the inner block of exit ``layer``: those of the block it was copied from."""
+        return harvest.calls[-1] if self.head(layer).attends else harvest.calls[layer - 1]
+
+    def logits(self, output: MultiExitOutput, layer: int | None = None) -> Tensor:
+        """Logits ``[B, T, V]`` of one exit, or of the full depth when ``layer`` is ``None``."""
+        if layer is not None:
+            return output.projections[layer](output.features[layer])
+        assert output.full_features is not None, "the forward pass stopped before the last block"
+        return output.full_projection(output.full_features)
+
+    def generate(
+        self, inputs: Tensor | None = None, *, exit_policy: str | Policy | None = None, **kwargs: Any
+    ) -> Any:
+        """Decode with the signature of ``transformers.generate`` and an exit policy.
+
+        Args:
+            inputs: prompt ids ``[B, T]`` (or ``input_ids=``), left-padded with an ``attention_mask``.
+            exit_policy: a policy or its string (``never``, ``always:6``, ``threshold:0.9``); by default the policy
+                stored in the generation config, else ``never``.
+            **kwargs: everything greedy search and sampling of ``transformers.generate`` take.
+
+        Returns:
+            What ``generate`` returns: ids ``[B, T + new]``, or with ``return_dict_in_generate=True`` an output whose
+            ``exit_trace`` ``[B, new]`` holds the depth of every generated token, 0 after a row's end.
+
+        Raises:
+            ConfigError: a policy that does not parse or fit, or an unsupported mode of generation.
+        """
+        from eetrain.decoding import generate
+
+        return generate(self, inputs, exit_policy=exit_policy, **kwargs)
+
+    def _check_full_depth(self, what: str) -> None:
+        if not self.full_depth_loaded:
+            raise ConfigError(
+                f"{what} was asked for, but only blocks 1..{self.num_blocks} of the backbone were loaded.",
+                hint="Load the whole backbone (depth=None).",
+            )

@@ -1,0 +1,258 @@
+"""Cross-entropy of many exits straight from hidden states: logits live for one chunk of one exit.
+
+With ``E`` exits, ``N`` tokens and vocabulary ``V`` the plain way keeps ``E * N * V`` logits until backward.
+Here tokens are taken in chunks; each chunk's logits become a loss, statistics and gradients, and are dropped.
+Fused linear cross-entropy in Liger-Kernel computes gradients in the forward pass in the same manner; what
+differs is that all exits share the pass, so a tied matrix has one gradient buffer, that ignored positions
+are never projected, and that token weights may depend on the exit's own confidence.
+
+Shape suffixes: ``B`` batch, ``T`` time, ``E`` exits, ``N`` tokens, ``C`` tokens of one chunk,
+``D`` hidden size, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eetrain.backbones.projection import Projection
+from eetrain.errors import ConfigError
+from eetrain.objectives import cut_kernel
+from eetrain.objectives.gradients import GradientStore, wide_dtype
+from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics, exponentiate_
+
+Kernel = Literal["torch", "cce"]
+TokenWeights = Callable[[TokenStatistics], Tensor]
+IGNORE_INDEX = -100
+_LOGITS_PER_CHUNK = {"cpu": 2**22}
+_LOGITS_PER_CHUNK_ACCELERATOR = 2**27
+_FEWEST_ROWS = 64
+
+
+@dataclass(frozen=True)
+class LinearCEOutput:
+    """Result of :func:`linear_cross_entropy`.
+
+    Args:
+        loss: ``sum_e w_e sum_n u_en CE_en / normalizer``, a scalar to call ``backward`` on.
+        exit_losses: ``[E]``, detached: plain mean cross-entropy of each exit over the valid tokens,
+            without ``w``, ``u`` or the normalizer.
+        statistics: ``[E, N]`` statistics, or ``None`` if none were asked for.
+        num_tokens: how many labels were valid, int64 scalar.
+    """
+
+    loss: Tensor
+    exit_losses: Tensor
+    statistics: TokenStatistics | None
+    num_tokens: Tensor
+
+
+def shift_labels(labels_BT: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Labels ``[B * T]`` of the *next* token at every position, from labels aligned with the input ids.
+
+    The last position of a row has no next token and is ignored. Hidden states stay where they are:
+    ``features_BTD.flatten(0, 1)`` is a view, and the pairs equal those of transformers' causal LM loss.
+    """
+    return F.pad(labels_BT[:, 1:], (0, 1), value=ignore_index).reshape(-1)
+
+
+def linear_cross_entropy(
+    hidden: Sequence[Tensor],
+    projections: Sequence[Projection],
+    labels: Tensor,
+    *,
+    exit_weights: Sequence[float] | Tensor,
+    token_weights: TokenWeights | Tensor | None = None,
+    statistics: StatisticsLevel = "none",
+    normalizer: Tensor | float | None = None,
+    chunk_size: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    kernel: Kernel = "torch",
+) -> LinearCEOutput:
+    """Weighted next-token cross-entropy of ``E`` exits without ever holding their logits.
+
+    The matrix products run in the precision of the matrix (under ``torch.autocast`` in autocast's), scale,
+    soft cap, softmax and loss in float32 (float64 for float64). Peak memory beside inputs and gradients is
+    one chunk of logits of one exit; a soft cap keeps a second one for its slope. Ignored positions are not
+    projected. Gradients can be fetched once: a second backward or a second derivative raises RuntimeError.
+
+    Args:
+        hidden: one ``[N, D]`` tensor per exit, normed.
+        projections: one per exit; exits with the same ``weight`` object share one gradient buffer.
+        labels: ``[N]``, already shifted (:func:`shift_labels`).
+        exit_weights: ``w_e``, one number per exit, constant. At 0 an exit is only measured.
+        token_weights: ``u_en``: a tensor that broadcasts to ``[E, N]``, or a function from the ``[C]``
+            statistics of one chunk of one exit to ``[C]``. No gradient flows through it.
+        statistics: ``"basic"`` (loss, prediction, confidence) or ``"all"`` (margin and entropy as well).
+            A function as ``token_weights`` sees at least the basic ones.
+        normalizer: divisor of the loss; the number of valid labels if ``None``.
+        chunk_size: tokens per chunk; by default as many as keep a chunk near 2^22 logits on a CPU
+            and 2^27 on an accelerator.
+        ignore_index: label of positions without loss.
+        kernel: ``"cce"`` runs the cut-cross-entropy kernels on a GPU instead.
+
+    Raises:
+        ConfigError: the numbers of exits disagree, ``chunk_size`` is not positive, or the kernel cannot
+            do what is asked.
+    """
+    weights = _as_floats(exit_weights)
+    if not len(hidden) == len(projections) == len(weights) > 0:
+        raise ConfigError(
+            f"linear_cross_entropy got {len(hidden)} hidden states, {len(projections)} projections and "
+            f"{len(weights)} exit weights.",
+            hint="pass one of each per exit, and at least one exit.",
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ConfigError(f"chunk_size is {chunk_size}.", hint="use a positive number of tokens, or None.")
+    valid = labels != ignore_index
+    count = valid.sum()
+    divisor = _divisor(normalizer, count, wide_dtype(hidden[0].dtype))
+    if kernel == "cce":
+        cut_kernel.require_usable(hidden, projections, token_weights, statistics)
+        loss, sums_E = cut_kernel.losses(hidden, projections, labels, weights, token_weights, ignore_index)
+        return LinearCEOutput(loss / divisor, sums_E / count.clamp(min=1), None, count)
+    run = _Run(hidden, projections, labels, weights, token_weights, statistics, ignore_index)
+    with torch.no_grad(), torch.autocast(hidden[0].device.type, enabled=False):
+        for rows_C in _chunks(valid, chunk_size or _default_chunk(projections[0].weight)):
+            run.add_chunk(rows_C)
+    loss = run.store.attach(run.loss / divisor, divisor)
+    return LinearCEOutput(loss, run.sums_E / count.clamp(min=1), run.statistics, count)
+
+
+class _Run:
+    """One pass over all chunks and exits, with the sums it builds up."""
+
+    def __init__(
+        self,
+        hidden: Sequence[Tensor],
+        projections: Sequence[Projection],
+        labels: Tensor,
+        weights: Sequence[float],
+        token_weights: TokenWeights | Tensor | None,
+        level: StatisticsLevel,
+        ignore_index: int,
+    ) -> None:
+        shape = (len(hidden), len(labels))
+        self.hidden, self.projections, self.labels, self.weights = hidden, projections, labels, weights
+        self.weigh: TokenWeights | None = None
+        self.weights_EN: Tensor | None = None
+        if isinstance(token_weights, Tensor):
+            self.weights_EN = token_weights.detach().expand(shape)
+        else:
+            self.weigh = token_weights
+        self.level: StatisticsLevel = "basic" if level == "none" and self.weigh else level
+        self.store = GradientStore(hidden, projections)
+        self.matrices = _cast_for_products(projections)
+        self.sums_E = torch.zeros(len(hidden), dtype=wide_dtype(hidden[0].dtype), device=labels.device)
+        self.loss = self.sums_E.new_zeros(())
+        self.statistics: TokenStatistics | None = None
+        if level != "none":
+            self.statistics = TokenStatistics.blank(shape, level, ignore_index=ignore_index, like=self.sums_E)
+
+    def add_chunk(self, rows_C: slice | Tensor) -> None:
+        """Account for the tokens ``rows_C`` at every exit, one exit's logits at a time."""
+        labels_C = self.labels[rows_C]
+        for index in range(len(self.hidden)):
+            self._add_exit(index, rows_C, labels_C)
+
+    def _add_exit(self, index: int, rows_C: slice | Tensor, labels_C: Tensor) -> None:
+        head, matrix_VD = self.projections[index], self.matrices[id(self.projections[index].weight)]
+        states_CD = self.hidden[index].detach()[rows_C].to(matrix_VD.dtype)
+        trains = self.weights[index] != 0 and self.store.wanted_by(index, head)
+        logits_CV, slope_CV = _logits(states_CD, matrix_VD, head, keep_slope=trains)
+        nll_C, sum_C1, statistics = exponentiate_(logits_CV, labels_C, self.level)
+        weight_C = self._token_weights(index, rows_C, statistics)
+        self.sums_E[index] += nll_C.sum()
+        if self.weights[index] != 0:
+            weighted_C = nll_C if weight_C is None else nll_C * weight_C
+            self.loss += self.weights[index] * weighted_C.sum()
+        if self.statistics is not None and statistics is not None:
+            self.statistics.write(index, rows_C, statistics)
+        if trains:
+            factor = self.weights[index] * head.scale
+            factor_C = torch.full_like(nll_C, factor) if weight_C is None else weight_C * factor
+            grad_CV = _gradient_(logits_CV, sum_C1, labels_C, factor_C, slope_CV)
+            self.store.add(index, rows_C, head, matrix_VD, states_CD, grad_CV)
+
+    def _token_weights(
+        self, index: int, rows_C: slice | Tensor, statistics: TokenStatistics | None
+    ) -> Tensor | None:
+        if self.weights_EN is not None:
+            return self.weights_EN[index, rows_C].to(self.sums_E.dtype)
+        if self.weigh is None:
+            return None
+        assert statistics is not None
+        return self.weigh(statistics).detach().to(self.sums_E.dtype)
+
+
+def _logits(
+    states_CD: Tensor, matrix_VD: Tensor, head: Projection, *, keep_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logits in softmax precision, and the derivative of the soft cap ``1 - tanh^2`` where it is needed."""
+    bias = None if head.bias is None else head.bias.detach().to(matrix_VD.dtype)
+    logits_CV = F.linear(states_CD, matrix_VD, bias)
+    logits_CV = logits_CV.to(wide_dtype(logits_CV.dtype))
+    if head.softcap is None:
+        return logits_CV if head.scale == 1.0 else logits_CV.mul_(head.scale), None
+    logits_CV.mul_(head.scale / head.softcap).tanh_()
+    slope_CV = logits_CV.square().neg_().add_(1) if keep_slope else None
+    return logits_CV.mul_(head.softcap), slope_CV
+
+
+def _gradient_(
+    exp_CV: Tensor, sum_C1: Tensor, labels_C: Tensor, factor_C: Tensor, slope_CV: Tensor | None
+) -> Tensor:
+    """Turn ``exp(z - max z)`` into ``factor * (softmax(z) - onehot(label)) * slope``, in place."""
+    factor_C1 = factor_C[:, None]
+    grad_CV = exp_CV.mul_(factor_C1 / sum_C1)
+    grad_CV.scatter_add_(-1, labels_C[:, None], -factor_C1)
+    return grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+
+
+def _cast_for_products(projections: Sequence[Projection]) -> dict[int, Tensor]:
+    """Each distinct matrix once, by identity, in the precision its products run in."""
+    matrices: dict[int, Tensor] = {}
+    for head in projections:
+        weight = head.weight
+        if id(weight) not in matrices:
+            matrices[id(weight)] = weight.detach().to(product_dtype(weight))
+    return matrices
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Precision of products with ``weight``: autocast's where it is on (it spares float64), else its own."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _chunks(valid_N: Tensor, size: int) -> list[slice | Tensor]:
+    """Positions of the valid tokens, ``size`` at a time; slices, which copy nothing, if all are valid."""
+    positions = valid_N.nonzero().squeeze(-1)
+    if len(positions) == len(valid_N):
+        return [slice(start, start + size) for start in range(0, len(valid_N), size)]
+    return list(torch.split(positions, size)) if len(positions) else []
+
+
+def _default_chunk(weight_VD: Tensor) -> int:
+    budget = _LOGITS_PER_CHUNK.get(weight_VD.device.type, _LOGITS_PER_CHUNK_ACCELERATOR)
+    return max(_FEWEST_ROWS, 1 << round(math.log2(budget / weight_VD.shape[0])))
+
+
+def _as_floats(exit_weights: Sequence[float] | Tensor) -> list[float]:
+    values = exit_weights.tolist() if isinstance(exit_weights, Tensor) else exit_weights
+    return [float(value) for value in values]
+
+
+def _divisor(normalizer: Tensor | float | None, count: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss's divisor as a detached scalar; 1 where it would be 0, so that empty batches give 0."""
+    value = count if normalizer is None else torch.as_tensor(normalizer, device=count.device)
+    value = value.detach().to(dtype)
+    return torch.where(value == 0, torch.ones_like(value), value)

@@ -1,0 +1,95 @@
+"""Joint training of a backbone and its exits by a weighted sum of cross-entropies (EE-LLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from eetrain.errors import ConfigError
+from eetrain.objectives.linear_ce import Kernel, linear_cross_entropy, shift_labels
+from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, assemble, head_inputs
+from eetrain.objectives.weights import (
+    ExitWeights,
+    ExitWeightSchedule,
+    ScheduleForm,
+    check_schedule,
+    check_weight,
+)
+
+
+class MultiExitCrossEntropy(Objective):
+    """``L = sum_i w_i(t) CE_i + w_full CE_full``: all parameters learn from every exit.
+
+    EE-LLM (arXiv 2312.04916), the objective of its section on training, with its constant, linear and cosine
+    weight schedules. The paper sets ``w_full = 1`` and, with exits at a quarter and half of the depth,
+    ``w = [0.25, 0.5]`` (1.3B, tied matrices) or ``[0.1, 0.2]`` (7B and up, untied). A model without exits
+    is trained as a plain language model.
+
+    Example::
+
+        MultiExitCrossEntropy(weights=[0.25, 0.5], schedule="linear", schedule_steps=1000)
+
+    Args:
+        weights: of the exits: one number, a list with the shallowest exit first, or a dict by layer.
+        full_weight: of the full depth; at 0 blocks beyond the deepest exit neither run nor learn.
+        schedule: how exit weights reach ``weights``.
+        initial_weights: where they start, written like ``weights``; 0 (a warm-up) if left out.
+        schedule_steps: optimizer steps until they are reached.
+        kernel: ``"cce"`` uses the cut-cross-entropy GPU kernels for steps that ask for no statistics.
+
+    Raises:
+        ConfigError: ``full_weight`` is no weight, or the schedule is contradictory.
+    """
+
+    def __init__(
+        self,
+        weights: ExitWeights = 1.0,
+        full_weight: float = 1.0,
+        schedule: ScheduleForm = "constant",
+        initial_weights: ExitWeights | None = None,
+        schedule_steps: int = 0,
+        kernel: Kernel = "torch",
+    ) -> None:
+        super().__init__()
+        self.full_weight = check_weight(full_weight, "full_weight")
+        self._settings = (weights, schedule, initial_weights, schedule_steps)
+        self._kernel: Kernel = kernel
+        check_schedule(schedule, initial_weights, schedule_steps)
+        self._schedule = ExitWeightSchedule({}, {})
+
+    def needs_full_depth(self) -> bool:
+        """Whether the full depth has a weight."""
+        return self.full_weight > 0
+
+    def bind(self, exit_layers: Sequence[int], num_blocks: int) -> None:
+        """Check the weights against the exits; see :meth:`Objective.bind`."""
+        super().bind(exit_layers, num_blocks)
+        weights, form, initial, steps = self._settings
+        self._schedule = ExitWeightSchedule.parse(
+            weights, self.exit_layers, form=form, initial=initial, steps=steps
+        )
+        if not self.needs_full_depth() and not any(self._schedule.final.values()):
+            raise ConfigError(
+                f"full_weight is 0 and so is the weight of every exit (exits at {list(self.exit_layers)}).",
+                hint="give the full depth or at least one exit a weight.",
+            )
+
+    def __call__(
+        self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False
+    ) -> ObjectiveOutput:
+        """The loss of one batch; see :meth:`Objective.__call__`."""
+        assert self.num_blocks, "bind the objective to a model first"
+        weights = self._schedule.at(step)
+        row_weights = {**weights, FULL: self.full_weight} if self.needs_full_depth() else weights
+        layers = tuple(row_weights)
+        hidden, projections = head_inputs(output, layers)
+        result = linear_cross_entropy(
+            hidden,
+            projections,
+            shift_labels(labels_BT),
+            exit_weights=list(row_weights.values()),
+            statistics="basic" if statistics else "none",
+            kernel="torch" if statistics else self._kernel,
+        )
+        return assemble(output, result.loss, result.exit_losses, layers, weights, result.statistics)

@@ -1,0 +1,174 @@
+"""The contract of a training objective: features at the exits and labels in, named loss terms out.
+
+Shape suffixes: ``B`` batch, ``T`` time, ``E`` exits, ``N = B * T``, ``D`` hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from eetrain.backbones.projection import Projection
+from eetrain.errors import ConfigError
+from eetrain.objectives.linear_ce import linear_cross_entropy, shift_labels
+from eetrain.objectives.token_statistics import TokenStatistics
+
+FULL = 0
+"""Stands for the full depth where a layer number is expected; exits are numbered from 1."""
+
+
+class HeadInputs(Protocol):
+    """What a multi-exit model hands to an objective: everything up to, but without, the logits."""
+
+    @property
+    def features(self) -> Mapping[int, Tensor]:
+        """Per exit layer the normed states ``[B, T, D]``, ready for its projection."""
+
+    @property
+    def full_features(self) -> Tensor | None:
+        """The same at full depth; ``None`` if the last blocks were not run."""
+
+    @property
+    def projections(self) -> Mapping[int, Projection]:
+        """Per exit layer the map to logits."""
+
+    @property
+    def full_projection(self) -> Projection:
+        """The backbone's own map to logits."""
+
+    @property
+    def router_loss(self) -> Tensor | None:
+        """Auxiliary loss of a mixture-of-experts backbone, already times its coefficient."""
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """Result of an objective.
+
+    Args:
+        total: what to call ``backward`` on.
+        terms: detached scalars to log: ``"ce/exit_3"``, ``"ce/full"``, ``"weight/exit_3"``, ``"router"``.
+        statistics: per-token statistics ``[E, N]`` if asked for.
+        layers: the exit layer of each row of ``statistics``; :data:`FULL` for the full depth.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    statistics: TokenStatistics | None
+    layers: tuple[int, ...]
+
+
+class Objective(ABC):
+    """A published way to turn exits and labels into one loss.
+
+    Bind it to a model's exits once, then call it with every batch. Whatever changes during training is a
+    function of ``step`` alone.
+    """
+
+    freezes_backbone: ClassVar[bool] = False
+    """Whether only exit heads are trained."""
+
+    def __init__(self) -> None:
+        self.exit_layers: tuple[int, ...] = ()
+        self.num_blocks = 0
+
+    @abstractmethod
+    def needs_full_depth(self) -> bool:
+        """Whether blocks beyond the deepest exit must run in training."""
+
+    def bind(self, exit_layers: Sequence[int], num_blocks: int) -> None:
+        """Check the settings against a model before training starts.
+
+        Args:
+            exit_layers: blocks that have an exit, counted from 1, in any order.
+            num_blocks: blocks of the backbone.
+
+        Raises:
+            ConfigError: a layer the model does not have, a layer named twice, or settings that do not fit.
+        """
+        layers = sorted(exit_layers)
+        outside = [layer for layer in layers if not 1 <= layer <= num_blocks]
+        if outside or len(set(layers)) != len(layers):
+            raise ConfigError(
+                f"exits are at layers {layers} of a model with {num_blocks} blocks.",
+                hint=f"use each layer once, from 1 to {num_blocks}.",
+            )
+        self.exit_layers, self.num_blocks = tuple(layers), num_blocks
+
+    @abstractmethod
+    def __call__(
+        self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False
+    ) -> ObjectiveOutput:
+        """The loss of one batch.
+
+        Args:
+            output: the model's features.
+            labels_BT: labels aligned with the input ids, -100 where there is nothing to learn.
+            step: optimizer step, counted from 0.
+            statistics: also return token statistics (of the rows that enter the loss).
+        """
+
+
+def score(output: HeadInputs, labels_BT: Tensor) -> tuple[TokenStatistics, tuple[int, ...]]:
+    """All statistics of every exit and, where it was run, of the full depth, without gradients.
+
+    Returns:
+        Statistics ``[E, N]`` and the layer of each row: exits ascending, then :data:`FULL`.
+    """
+    layers = tuple(sorted(output.features))
+    if output.full_features is not None:
+        layers = (*layers, FULL)
+    hidden, projections = head_inputs(output, layers)
+    with torch.no_grad():
+        result = linear_cross_entropy(
+            hidden, projections, shift_labels(labels_BT), exit_weights=[0.0] * len(layers), statistics="all"
+        )
+    assert result.statistics is not None
+    return result.statistics, layers
+
+
+def head_inputs(output: HeadInputs, layers: Sequence[int]) -> tuple[list[Tensor], list[Projection]]:
+    """Flat features ``[N, D]`` and projections of the given layers, in that order."""
+    hidden, projections = [], []
+    for layer in layers:
+        states_BTD = output.full_features if layer == FULL else output.features[layer]
+        assert states_BTD is not None, "the objective needs the full depth and the model did not run it"
+        hidden.append(states_BTD.flatten(0, 1))
+        projections.append(output.full_projection if layer == FULL else output.projections[layer])
+    return hidden, projections
+
+
+def depth_name(layer: int) -> str:
+    """How a depth is called in names of terms: ``exit_3``, or ``full``."""
+    return "full" if layer == FULL else f"exit_{layer}"
+
+
+def assemble(
+    output: HeadInputs,
+    loss: Tensor,
+    exit_losses: Tensor,
+    layers: tuple[int, ...],
+    weights: Mapping[int, float],
+    statistics: TokenStatistics | None,
+) -> ObjectiveOutput:
+    """Name the terms and add the router loss, which no exit weight scales.
+
+    Args:
+        output: the model's features, for its router loss.
+        loss: weighted sum of the exits' losses.
+        exit_losses: plain loss of each row, ``[E]``.
+        layers: the layer of each row.
+        weights: weight of each exit at this step.
+        statistics: passed on.
+    """
+    terms = {f"ce/{depth_name(layer)}": exit_losses[row] for row, layer in enumerate(layers)}
+    terms |= {f"weight/{depth_name(layer)}": exit_losses.new_tensor(w) for layer, w in weights.items()}
+    if output.router_loss is not None:
+        terms["router"] = output.router_loss.detach()
+        loss = loss + output.router_loss.to(loss.dtype)
+    return ObjectiveOutput(loss, terms, statistics, layers)
