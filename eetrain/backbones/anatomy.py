@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -119,9 +120,7 @@ def dissect(backbone: nn.Module) -> Anatomy:
     decoder = getattr(model, decoder_path, None) if decoder_path else None
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if decoder is None or head is None or getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a decoder-only causal language model.", hint=_HINT
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} is not a decoder-only causal language model.", hint=_HINT)
     blocks_path, blocks = _find_blocks(decoder, _text_config(model).num_hidden_layers)
     head_path = next(name for name, module in model.named_modules() if module is head)
     trace = _trace(model, decoder_path, blocks_path, blocks, head_path)
@@ -185,9 +184,7 @@ class _KnownLogits(nn.Module):
 
 
 @torch.no_grad()
-def _trace(
-    model: nn.Module, decoder_path: str, blocks_path: str, blocks: nn.ModuleList, head_path: str
-) -> _Trace:
+def _trace(model: nn.Module, decoder_path: str, blocks_path: str, blocks: nn.ModuleList, head_path: str) -> _Trace:
     owner_path, _, list_name = blocks_path.rpartition(".")
     owner = model.get_submodule(".".join(part for part in (decoder_path, owner_path) if part))
     taps = [Tap(block) for block in blocks]
@@ -225,7 +222,7 @@ def _trace(
 
 
 def _check_chain(model: nn.Module, taps: list[Tap]) -> None:
-    for number, (one, two) in enumerate(zip(taps, taps[1:], strict=False), start=1):
+    for number, (one, two) in enumerate(pairwise(taps), start=1):
         given = two.hidden
         if one.call is None or given is None or not _equal(hidden_of(one.output), given):
             raise UnsupportedModelError(

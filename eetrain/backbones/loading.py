@@ -119,9 +119,7 @@ def _limit_depth(config: Any, depth: int) -> None:
     text = config.get_text_config(decoder=True)
     total = text.num_hidden_layers
     if not 1 <= depth <= total:
-        raise ConfigError(
-            f"depth={depth}, but the backbone has blocks 1..{total}.", hint="Leave depth unset for all."
-        )
+        raise ConfigError(f"depth={depth}, but the backbone has blocks 1..{total}.", hint="Leave depth unset for all.")
     if depth == total:
         return
     text.num_hidden_layers = depth

@@ -19,14 +19,14 @@ from eetrain.backbones.anatomy import Anatomy, causal_lm_of, decoder_of
 def has_routers(backbone: nn.Module) -> bool:
     """Whether ``backbone`` is a mixture of experts with an auxiliary loss."""
     model = causal_lm_of(backbone)
-    return (
-        getattr(model.config, "router_aux_loss_coef", None) is not None and _loss_function(model) is not None
-    )
+    return getattr(model.config, "router_aux_loss_coef", None) is not None and _loss_function(model) is not None
 
 
 @contextmanager
 def record_routers(backbone: nn.Module, anatomy: Anatomy, *, enabled: bool = True) -> Iterator[list[Tensor]]:
-    """Collect the router logits ``[tokens, experts]`` of all blocks run inside, in order; empty for dense models or if not enabled.
+    """Collect the router logits ``[tokens, experts]`` of all blocks run inside, in order.
+
+    Nothing is collected from a dense model, or if not enabled.
 
     Forward hooks are on the routers inside the context only. Under activation checkpointing the recomputation runs
     outside it, so nothing is counted twice.
@@ -48,9 +48,7 @@ def record_routers(backbone: nn.Module, anatomy: Anatomy, *, enabled: bool = Tru
             handle.remove()
 
 
-def router_loss(
-    backbone: nn.Module, router_logits: list[Tensor], attention_mask: Tensor | None
-) -> Tensor | None:
+def router_loss(backbone: nn.Module, router_logits: list[Tensor], attention_mask: Tensor | None) -> Tensor | None:
     """The load-balancing loss times its coefficient, or ``None`` without routers (Fedus et al. 2021, eq. 4-6).
 
     Args:

@@ -1,4 +1,4 @@
-"""From text files and hub data sets to batches: sources, templates, packing, resumable sampling, and the data module over them."""
+"""From text files and hub data sets to batches: sources, templates, packing, resumable sampling."""
 
 from eetrain.data.chat import Chat
 from eetrain.data.datamodule import CausalLMDataModule

@@ -35,7 +35,7 @@ class Chat(Template):
         return [self._encode(row, encoder) for row in rows]
 
     def prompt_ids(self, row: Row, encoder: TextEncoder) -> list[int]:
-        """Return the conversation up to its last assistant turn, or all of it where another role speaks last."""
+        """Return the conversation up to a closing assistant turn, or all of it if another role closes."""
         messages = self._messages(row)
         given = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         return _written(given, row, encoder, generation_prompt=True)

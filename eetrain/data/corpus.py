@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from eetrain.data.batches import PromptRows, TokenRows
 from eetrain.data.packing import cut
@@ -71,10 +72,9 @@ class Corpus:
                     hint="Raise max_length, or check that the template's response is not empty.",
                 )
             if pieces.skipped:
-                warnings.warn(
+                rank_zero_warn(
                     f"{pieces.skipped} of the {split} documents are left out: no scored token fits into "
-                    f"max_length {self.max_length}.",
-                    stacklevel=2,
+                    f"max_length {self.max_length}."
                 )
             self._rows[split] = TokenRows(table, pieces, self.max_length if self.packing else None)
         return self._rows[split]
@@ -92,9 +92,7 @@ class Corpus:
             prompts = [self._prompt(row) for row in rows]
             too_long = sum(len(prompt) > self.max_length for prompt in prompts)
             if too_long:
-                warnings.warn(
-                    f"{too_long} prompts lose their start: max_length is {self.max_length}.", stacklevel=2
-                )
+                rank_zero_warn(f"{too_long} prompts lose their start: max_length is {self.max_length}.")
             self._prompts[split] = PromptRows(rows, [prompt[-self.max_length :] for prompt in prompts])
         return self._prompts[split]
 

@@ -40,7 +40,7 @@ class CausalLMDataModule(LightningDataModule):
     resumes in the middle of an epoch with exactly the batches that are left.
 
     Example:
-        >>> data = CausalLMDataModule("gpt2", train="hub:Salesforce/wikitext@wikitext-2-raw-v1", packing=True)  # doctest: +SKIP
+        >>> data = CausalLMDataModule("path/to/model", train="data/*.txt", packing=True, max_length=1024)
 
     Args:
         tokenizer: folder, hub id or object.
@@ -147,7 +147,7 @@ class CausalLMDataModule(LightningDataModule):
                 HubSource.parse(source).load(HUB_SPLIT[split])
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise what the stage needs: ``fit``, ``validate``, ``test``, ``predict``, or ``None`` for all."""
+        """Read and tokenise what a stage needs (``fit``, ``validate``, ``test``, ``predict``; ``None``: all)."""
         if stage in ("fit", None):
             self._known_position, self._state_to_load, self._sampler = FitPosition(), None, None
         for split in filter(self.corpus.has, _SPLITS_OF_STAGE[stage]):
@@ -214,7 +214,7 @@ class CausalLMDataModule(LightningDataModule):
         return {"sampler": sampler, "total_batches": position.total}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the position of an interrupted fit; `train_dataloader` checks it against the data and goes there."""
+        """Take the position of an interrupted fit; `train_dataloader` checks it and goes there."""
         # A checkpoint opened for validation brings no progress of the fit loop that the position could be
         # counted from.
         if state_dict and (self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING):
@@ -237,7 +237,7 @@ class CausalLMDataModule(LightningDataModule):
         return self._known_position if self.trainer is None else self._known_position.now(self.trainer)
 
     def _replica(self) -> tuple[int, int]:
-        """Return how many replicas share the data and which this is; the stages of one pipeline are one replica."""
+        """Return the number of replicas and which this is; the stages of a pipeline are one replica."""
         options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (1, 0) if options is None else (options["num_replicas"], options["rank"])
 

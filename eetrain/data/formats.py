@@ -1,4 +1,7 @@
-"""The file formats: each reader yields ``(line, fields)``, where `line` is the 1-based physical line on which the record starts."""
+"""The file formats.
+
+Each reader yields ``(line, fields)``, where `line` is the 1-based physical line on which the record starts.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> None:
-        assert num_rows > 0 and batch_size > 0 and 0 <= rank < num_replicas
+        assert min(num_rows, batch_size) > 0
+        assert 0 <= rank < num_replicas
         self.num_rows, self.batch_size = num_rows, batch_size
         self.num_replicas, self.rank = num_replicas, rank
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
@@ -156,13 +157,10 @@ class FixedBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, num_rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
-        assert num_rows > 0 and batch_size > 0 and 0 <= rank < num_replicas
-        self.num_rows, self.batch_size, self.num_replicas, self.rank = (
-            num_rows,
-            batch_size,
-            num_replicas,
-            rank,
-        )
+        assert min(num_rows, batch_size) > 0
+        assert 0 <= rank < num_replicas
+        self.num_rows, self.batch_size = num_rows, batch_size
+        self.num_replicas, self.rank = num_replicas, rank
 
     @property
     def rows_per_replica(self) -> int:

@@ -23,7 +23,10 @@ from eetrain.data.formats import read_file
 from eetrain.errors import DataError
 
 HUB_PREFIX = "hub:"
-_TWO_WAYS = "Give a file or glob pattern such as 'data/train*.jsonl', or a hub data set as 'hub:owner/name@config#split'."
+_TWO_WAYS = (
+    "Give a file or glob pattern such as 'data/train*.jsonl', "
+    "or a hub data set as 'hub:owner/name@config#split'."
+)
 
 
 @dataclass(frozen=True)

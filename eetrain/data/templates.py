@@ -38,7 +38,8 @@ class PromptResponse(Template):
     """A prompt and its response: ``bos + prompt + response + eos``, scored on response and eos.
 
     Example:
-        >>> PromptResponse(prompt="{mr}\\n=> ", response="{ref}").response_text(Row({"mr": "name[Aroma]", "ref": "Aroma."}, "a:1"))
+        >>> template = PromptResponse(prompt="{mr}\\n=> ", response="{ref}")
+        >>> template.response_text(Row({"mr": "name[Aroma]", "ref": "Aroma."}, "a.csv:2"))
         'Aroma.'
 
     Args:

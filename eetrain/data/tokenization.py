@@ -1,4 +1,4 @@
-"""The tokenizer with the few things the data room needs of it, and the table that holds tokenised documents compactly."""
+"""What the data room needs of a tokenizer, and the table that holds tokenised documents compactly."""
 
 from __future__ import annotations
 

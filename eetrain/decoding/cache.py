@@ -42,7 +42,7 @@ class Window:
     store_only: bool = False
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class SlotLayer(CacheLayerMixin):
     """Keys and values of one block, in buffers that grow by doubling; sliding windows are left to the masks."""
 
     is_sliding = False
@@ -58,9 +58,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.values = _buffer(value_states, capacity)
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the window's keys and values ``[R, H, W, E]``; return all slots up to its end ``[R, H, N, E]``."""
         window = self.cache.window
         if not self.is_initialized:
@@ -96,7 +94,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """The cache of a decoding run; set :attr:`window` before blocks are called.
 
     Args:

@@ -75,9 +75,7 @@ def generate(
     try:
         with torch.no_grad():
             # transformers drops the streamer on its way to a custom loop, so the loop holds it as well.
-            result: Tensor | EarlyExitOutput = lm.generate(
-                inputs, custom_generate=loop, streamer=streamer, **kwargs
-            )
+            result: Tensor | EarlyExitOutput = lm.generate(inputs, custom_generate=loop, streamer=streamer, **kwargs)
     finally:
         model.train(was_training)
     return result
@@ -151,7 +149,5 @@ def _check_positions(lm: Any, input_ids: Tensor, stopping_criteria: StoppingCrit
         )
     asked = stopping_criteria.max_length
     if asked is not None and asked > limit:
-        warnings.warn(
-            f"{asked} tokens asked for, the model has {limit} positions: stopping there.", stacklevel=2
-        )
+        warnings.warn(f"{asked} tokens asked for, the model has {limit} positions: stopping there.", stacklevel=2)
         stopping_criteria.append(MaxLengthCriteria(max_length=limit))

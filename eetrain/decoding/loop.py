@@ -16,7 +16,7 @@ from eetrain.decoding.runner import Runner
 
 
 @dataclass
-class EarlyExitOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
+class EarlyExitOutput(GenerateDecoderOnlyOutput):
     """transformers' output plus what each token cost.
 
     Attributes:
@@ -100,12 +100,8 @@ class _Record:
 
     def __init__(self, generation_config: Any) -> None:
         self.wanted = bool(generation_config.return_dict_in_generate)
-        self.scores: tuple[Tensor, ...] | None = (
-            () if self.wanted and generation_config.output_scores else None
-        )
-        self.logits: tuple[Tensor, ...] | None = (
-            () if self.wanted and generation_config.output_logits else None
-        )
+        self.scores: tuple[Tensor, ...] | None = () if self.wanted and generation_config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if self.wanted and generation_config.output_logits else None
         self.depths: list[Tensor] = []
 
     def add(self, scores: Tensor, logits: Tensor, depth: Tensor) -> None:

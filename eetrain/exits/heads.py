@@ -67,9 +67,7 @@ class ExitHead(nn.Module):
         return replace(shared, weight=self.output.weight, bias=self.output.bias)
 
 
-def build_head(
-    backbone: nn.Module, anatomy: Anatomy, config: ExitConfig, layer: int, cache_index: int
-) -> ExitHead:
+def build_head(backbone: nn.Module, anatomy: Anatomy, config: ExitConfig, layer: int, cache_index: int) -> ExitHead:
     """Build the head of the exit after block ``layer``, copying its start from the backbone.
 
     Args:

@@ -88,9 +88,7 @@ class MultiExitModel(nn.Module):
                 hint="Load the whole backbone (depth=None).",
             )
         heads = {
-            str(layer): build_head(
-                backbone, self.anatomy, self.config, layer, self.anatomy.num_blocks + place
-            )
+            str(layer): build_head(backbone, self.anatomy, self.config, layer, self.anatomy.num_blocks + place)
             for place, layer in enumerate(self.exit_layers)
         }
         self.exits = nn.ModuleDict(heads)
@@ -215,9 +213,7 @@ class MultiExitModel(nn.Module):
         assert output.full_features is not None, "the forward pass stopped before the last block"
         return output.full_projection(output.full_features)
 
-    def generate(
-        self, inputs: Tensor | None = None, *, exit_policy: str | Policy | None = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, inputs: Tensor | None = None, *, exit_policy: str | Policy | None = None, **kwargs: Any) -> Any:
         """Decode with the signature of ``transformers.generate`` and an exit policy.
 
         Args:

@@ -34,10 +34,8 @@ def resolve_layers(
     if layers is not None:
         chosen = list(layers)
     elif every is not None:
-        if not 1 <= every:
-            raise ConfigError(
-                f"exits.every={every}, must be at least 1.", hint="every=4 puts exits after 4, 8, ..."
-            )
+        if not every >= 1:
+            raise ConfigError(f"exits.every={every}, must be at least 1.", hint="every=4 puts exits after 4, 8, ...")
         chosen = list(range(every, num_blocks, every))
     else:
         assert fractions is not None
@@ -61,6 +59,4 @@ def _check(chosen: list[int], num_blocks: int) -> None:
         )
     twice = sorted({layer for layer in chosen if chosen.count(layer) > 1})
     if twice:
-        raise ConfigError(
-            f"Exits after blocks {chosen}: {twice} named more than once.", hint="Name each block once."
-        )
+        raise ConfigError(f"Exits after blocks {chosen}: {twice} named more than once.", hint="Name each block once.")

@@ -58,7 +58,7 @@ class EETuning(Objective):
         self._schedule = ExitWeightSchedule.parse(self._weights, self.exit_layers)
         if not any(self._schedule.final.values()):
             raise ConfigError(
-                f"EETuning has nothing to train: exits at {list(self.exit_layers)}, weights {self._weights!r}.",
+                f"EETuning has nothing to train: exits are {list(self.exit_layers)}, weights {self._weights!r}.",
                 hint="add an exit, or give one a weight.",
             )
 

@@ -110,6 +110,8 @@ def linear_cross_entropy(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size is {chunk_size}.", hint="use a positive number of tokens, or None.")
+    if kernel not in ("torch", "cce"):
+        raise ConfigError(f"kernel is {kernel!r}.", hint="use 'torch' or 'cce'.")
     valid = labels != ignore_index
     count = valid.sum()
     divisor = _divisor(normalizer, count, wide_dtype(hidden[0].dtype))

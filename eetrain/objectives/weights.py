@@ -30,7 +30,7 @@ def parse_exit_weights(
     layers = sorted(exit_layers)
     if isinstance(value, Mapping):
         weights = _from_mapping(value, layers, name)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, list | tuple):
         if len(value) != len(layers):
             raise ConfigError(
                 f"{name} has {len(value)} entries and the model has {len(layers)} exits, at layers {layers}.",

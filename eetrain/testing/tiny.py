@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 61,
@@ -19,7 +19,7 @@ _COMMON: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2}
 _MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
-_MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_MOE: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _MOE["experts_implementation"] = "eager"  # the default kernel refuses float64
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -54,9 +54,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})
 
 
-def tiny_model(
-    family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any
-) -> Any:
+def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """A random model in eval mode, dropout off, with norms and biases moved away from their trivial start.
 
     Fresh models have unit norms, which would hide a missing or doubled norm.
