@@ -147,7 +147,7 @@ class CausalLMDataModule(LightningDataModule):
                 HubSource.parse(source).load(HUB_SPLIT[split])
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise what a stage needs (``fit``, ``validate``, ``test``, ``predict``; ``None``: all)."""
+        """Read and tokenise what a stage (``fit``, ``validate``, ``test``, ``predict``) or all need."""
         if stage in ("fit", None):
             self._known_position, self._state_to_load, self._sampler = FitPosition(), None, None
         for split in filter(self.corpus.has, _SPLITS_OF_STAGE[stage]):
@@ -234,7 +234,9 @@ class CausalLMDataModule(LightningDataModule):
         return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
     def _position(self) -> FitPosition:
-        return self._known_position if self.trainer is None else self._known_position.now(self.trainer)
+        if self.trainer is None or self._sampler is None:
+            return self._known_position
+        return self._known_position.now(self.trainer, len(self._sampler))
 
     def _replica(self) -> tuple[int, int]:
         """Return the number of replicas and which this is; the stages of a pipeline are one replica."""

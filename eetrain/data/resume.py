@@ -28,13 +28,20 @@ class FitPosition:
     batches: int = 0
     total: int = 0
 
-    def now(self, trainer: Trainer) -> FitPosition:
-        """Return the position after the batches that `trainer` has processed since."""
+    def now(self, trainer: Trainer, batches_in_data: int) -> FitPosition:
+        """Return the position after the batches that `trainer` has processed since.
+
+        Args:
+            trainer: of the fit.
+            batches_in_data: length of an epoch; `limit_train_batches` may make it shorter.
+        """
         fit_loop = trainer.fit_loop
         total: int = fit_loop.epoch_loop.batch_progress.total.processed
         if total == self.total:
             return self
-        epochs, batches = divmod(self.batches + total - self.total, int(trainer.num_training_batches))
+        # The trainer's number is infinite until its first iterator exists.
+        epoch_length = int(min(trainer.num_training_batches, batches_in_data))
+        epochs, batches = divmod(self.batches + total - self.total, epoch_length)
         # A fit that was stopped inside an epoch counts that epoch as done, unless it counts in steps.
         progress = fit_loop.epoch_progress.current
         if batches and trainer.max_steps == -1 and progress.processed == progress.started:

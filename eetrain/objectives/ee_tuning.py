@@ -34,9 +34,7 @@ class EETuning(Objective):
 
     freezes_backbone: ClassVar[bool] = True
 
-    def __init__(
-        self, weights: ExitWeights = 1.0, confidence_weights: bool = False, kernel: Kernel = "torch"
-    ) -> None:
+    def __init__(self, weights: ExitWeights = 1.0, confidence_weights: bool = False, kernel: Kernel = "torch") -> None:
         super().__init__()
         if confidence_weights and kernel == "cce":
             raise ConfigError(
@@ -58,7 +56,7 @@ class EETuning(Objective):
         self._schedule = ExitWeightSchedule.parse(self._weights, self.exit_layers)
         if not any(self._schedule.final.values()):
             raise ConfigError(
-                f"EETuning has nothing to train: exits are {list(self.exit_layers)}, weights {self._weights!r}.",
+                f"EETuning trains nothing: exits are {list(self.exit_layers)}, weights {self._weights!r}.",
                 hint="add an exit, or give one a weight.",
             )
 

@@ -182,9 +182,7 @@ class _Run:
             grad_CV = _gradient_(logits_CV, sum_C1, labels_C, factor_C, slope_CV)
             self.store.add(index, rows_C, head, matrix_VD, states_CD, grad_CV)
 
-    def _token_weights(
-        self, index: int, rows_C: slice | Tensor, statistics: TokenStatistics | None
-    ) -> Tensor | None:
+    def _token_weights(self, index: int, rows_C: slice | Tensor, statistics: TokenStatistics | None) -> Tensor | None:
         if self.weights_EN is not None:
             return self.weights_EN[index, rows_C].to(self.sums_E.dtype)
         if self.weigh is None:
@@ -207,9 +205,7 @@ def _logits(
     return logits_CV.mul_(head.softcap), slope_CV
 
 
-def _gradient_(
-    exp_CV: Tensor, sum_C1: Tensor, labels_C: Tensor, factor_C: Tensor, slope_CV: Tensor | None
-) -> Tensor:
+def _gradient_(exp_CV: Tensor, sum_C1: Tensor, labels_C: Tensor, factor_C: Tensor, slope_CV: Tensor | None) -> Tensor:
     """Turn ``exp(z - max z)`` into ``factor * (softmax(z) - onehot(label)) * slope``, in place."""
     factor_C1 = factor_C[:, None]
     grad_CV = exp_CV.mul_(factor_C1 / sum_C1)

@@ -66,9 +66,7 @@ class MultiExitCrossEntropy(Objective):
         """Check the weights against the exits; see :meth:`Objective.bind`."""
         super().bind(exit_layers, num_blocks)
         weights, form, initial, steps = self._settings
-        self._schedule = ExitWeightSchedule.parse(
-            weights, self.exit_layers, form=form, initial=initial, steps=steps
-        )
+        self._schedule = ExitWeightSchedule.parse(weights, self.exit_layers, form=form, initial=initial, steps=steps)
         if not self.needs_full_depth() and not any(self._schedule.final.values()):
             raise ConfigError(
                 f"full_weight is 0 and so is the weight of every exit (exits at {list(self.exit_layers)}).",

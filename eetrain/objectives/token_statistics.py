@@ -37,9 +37,7 @@ class TokenStatistics:
     entropy: Tensor | None = None
 
     @staticmethod
-    def blank(
-        shape: tuple[int, int], level: StatisticsLevel, *, ignore_index: int, like: Tensor
-    ) -> TokenStatistics:
+    def blank(shape: tuple[int, int], level: StatisticsLevel, *, ignore_index: int, like: Tensor) -> TokenStatistics:
         """Statistics of tokens nobody looked at, with the dtype and device of ``like``."""
 
         def zeros() -> Tensor:
@@ -47,9 +45,7 @@ class TokenStatistics:
 
         prediction = torch.full(shape, ignore_index, dtype=torch.int64, device=like.device)
         full = level == "all"
-        return TokenStatistics(
-            zeros(), prediction, zeros(), zeros() if full else None, zeros() if full else None
-        )
+        return TokenStatistics(zeros(), prediction, zeros(), zeros() if full else None, zeros() if full else None)
 
     def write(self, exit_index: int, rows_C: slice | Tensor, chunk: TokenStatistics) -> None:
         """Store the ``[C]`` statistics of one chunk in row ``exit_index``, columns ``rows_C``."""
@@ -90,9 +86,7 @@ def exponentiate_(
     if level == "all":
         margin_C = ((1 - _second_largest(exp_CV, prediction_C1)) / sum_C1).squeeze(-1)
         entropy_C = (sum_C1.log() + _sum_of_entropies(exp_CV) / sum_C1).squeeze(-1)
-    statistics = TokenStatistics(
-        nll_C, prediction_C1.squeeze(-1), sum_C1.reciprocal().squeeze(-1), margin_C, entropy_C
-    )
+    statistics = TokenStatistics(nll_C, prediction_C1.squeeze(-1), sum_C1.reciprocal().squeeze(-1), margin_C, entropy_C)
     return nll_C, sum_C1, statistics
 
 

@@ -13,9 +13,7 @@ ExitWeights = dict[int, float] | list[float] | float
 ScheduleForm = Literal["constant", "linear", "cosine"]
 
 
-def parse_exit_weights(
-    value: ExitWeights, exit_layers: Sequence[int], *, name: str = "weights"
-) -> dict[int, float]:
+def parse_exit_weights(value: ExitWeights, exit_layers: Sequence[int], *, name: str = "weights") -> dict[int, float]:
     """One weight per exit layer from what a user wrote, in ascending order of layers.
 
     Args:
@@ -122,9 +120,7 @@ class ExitWeightSchedule:
         assert step >= 0, f"step {step} lies before the start of training"
         progress = self._progress(step)
         return {
-            layer: final
-            if progress == 1.0
-            else self.initial[layer] + progress * (final - self.initial[layer])
+            layer: final if progress == 1.0 else self.initial[layer] + progress * (final - self.initial[layer])
             for layer, final in self.final.items()
         }
 

@@ -16,9 +16,7 @@ from eetrain.objectives.linear_ce import linear_cross_entropy, shift_labels
 N, D, V = 11, 5, 13
 
 
-def make(
-    num_exits, *, tied=True, bias=False, scale=1.0, softcap=None, ignored=(), dtype=torch.float64, seed=0
-):
+def make(num_exits, *, tied=True, bias=False, scale=1.0, softcap=None, ignored=(), dtype=torch.float64, seed=0):
     """Leaf hidden states, projections and labels."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,18 +56,14 @@ IGNORED = ((), (0, 3, 10), tuple(range(1, N)))
 CASES = [
     (e, *rest)
     for e in (1, 2, 3, 4)
-    for rest in itertools.product(
-        (True, False), (True, False), (1.0, 0.3), (None, 2.0), (False, True), IGNORED
-    )
+    for rest in itertools.product((True, False), (True, False), (1.0, 0.3), (None, 2.0), (False, True), IGNORED)
 ]
 
 
 def test_every_combination_equals_autograd():
     assert len(CASES) == 4 * 2 * 2 * 2 * 2 * 2 * 3
     for num_exits, tied, bias, scale, softcap, weighted, ignored in CASES:
-        hidden, heads, labels = make(
-            num_exits, tied=tied, bias=bias, scale=scale, softcap=softcap, ignored=ignored
-        )
+        hidden, heads, labels = make(num_exits, tied=tied, bias=bias, scale=scale, softcap=softcap, ignored=ignored)
         weights = [0.7, 0.0, 1.3, 0.1][:num_exits]
         wanted = reference(hidden, heads, labels, weights, (lambda p: p**2) if weighted else None)
         inputs = leaves(hidden, heads)
@@ -84,13 +78,9 @@ def test_every_combination_equals_autograd():
         )
         grads = torch.autograd.grad(out.loss, inputs)
         case = (num_exits, tied, bias, scale, softcap, weighted, ignored)
-        torch.testing.assert_close(
-            out.loss, wanted, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
-        )
+        torch.testing.assert_close(out.loss, wanted, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
         for grad, wanted_grad in zip(grads, wanted_grads, strict=True):
-            torch.testing.assert_close(
-                grad, wanted_grad, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
-            )
+            torch.testing.assert_close(grad, wanted_grad, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
 
 
 def test_reported_losses_are_plain_means_whatever_the_weights():
@@ -133,9 +123,7 @@ def test_chunk_size_changes_nothing(ignored):
     results = []
     for chunk in (1, 2, 3, 5, N, 64, None):
         hidden, heads, labels = make(3, tied=False, softcap=3.0, bias=True, ignored=ignored)
-        out = linear_cross_entropy(
-            hidden, heads, labels, exit_weights=[1, 2, 3], statistics="all", chunk_size=chunk
-        )
+        out = linear_cross_entropy(hidden, heads, labels, exit_weights=[1, 2, 3], statistics="all", chunk_size=chunk)
         out.loss.backward()
         stats = out.statistics
         results.append(
@@ -353,9 +341,7 @@ def test_float16_gradients_survive_a_large_normalizer_with_a_loss_scale():
     head = Projection(heads[0].weight.detach().float())
     scale, tokens = 2.0**16, 1e7
     (reference([exact], [head], labels, [1.0], normalizer=tokens) * scale).backward()
-    (
-        linear_cross_entropy(hidden, heads, labels, exit_weights=[1.0], normalizer=tokens).loss * scale
-    ).backward()
+    (linear_cross_entropy(hidden, heads, labels, exit_weights=[1.0], normalizer=tokens).loss * scale).backward()
     error = (hidden[0].grad.float() - exact.grad).norm() / exact.grad.norm()
     assert error < 4 * torch.finfo(torch.float16).eps
 
@@ -369,9 +355,7 @@ def test_sixteen_bit_matrices_accumulate_in_float32():
     labels = torch.zeros(tokens, dtype=torch.int64)
     exact = weight.detach().float().requires_grad_()
     F.cross_entropy(F.linear(hidden.float(), exact), labels).backward()
-    linear_cross_entropy(
-        [hidden], [Projection(weight)], labels, exit_weights=[1.0], chunk_size=1
-    ).loss.backward()
+    linear_cross_entropy([hidden], [Projection(weight)], labels, exit_weights=[1.0], chunk_size=1).loss.backward()
     error = (weight.grad.float() - exact.grad).norm() / exact.grad.norm()
     assert error < 2 * torch.finfo(torch.bfloat16).eps
 
@@ -380,9 +364,7 @@ def test_autocast_runs_products_in_bfloat16_and_the_rest_in_float32():
     hidden, heads, labels = make(2, dtype=torch.float32, bias=True, ignored=(1,))
     wanted_grads = torch.autograd.grad(reference(hidden, heads, labels, [1.0, 1.0]), leaves(hidden, heads))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = sum(
-            F.cross_entropy(F.linear(h, heads[0].weight, heads[0].bias).float(), labels) for h in hidden
-        )
+        plain = sum(F.cross_entropy(F.linear(h, heads[0].weight, heads[0].bias).float(), labels) for h in hidden)
         out = linear_cross_entropy(hidden, heads, labels, exit_weights=[1.0, 1.0])
     out.loss.backward()
     torch.testing.assert_close(out.loss, plain, rtol=1e-6, atol=1e-6)

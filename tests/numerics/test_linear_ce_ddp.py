@@ -40,11 +40,10 @@ def batch(rank):
 def run(rank, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
     model = TwoExits()
-    DistributedDataParallel(model)(*batch(rank)).backward()
+    parallel = DistributedDataParallel(model)
+    parallel(*batch(rank)).backward()
     torch.save([p.grad for p in model.parameters()], f"{folder}/grads{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -34,9 +34,7 @@ class Recorder(TorchDispatchMode):
         for tensor in self._tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._seen:
-                self._seen[storage._cdata] = weakref.finalize(
-                    storage, self._freed, storage._cdata, storage.nbytes()
-                )
+                self._seen[storage._cdata] = weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
                 self._made(storage.nbytes())
         return result
 
@@ -85,8 +83,7 @@ def test_the_recorder_sees_what_a_plain_loss_allocates():
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
     with Recorder(64 * 1000 * 4) as recorder:
         losses = [
-            torch.nn.functional.cross_entropy(hidden @ weight.t(), torch.zeros(64, dtype=torch.int64))
-            for _ in range(4)
+            torch.nn.functional.cross_entropy(hidden @ weight.t(), torch.zeros(64, dtype=torch.int64)) for _ in range(4)
         ]
         sum(losses).backward()
     assert recorder.watched_peak >= 4

@@ -1,0 +1,59 @@
+"""Folders that are whole or not there: written beside their place, then moved into it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eetrain.errors import CheckpointError
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Give an empty folder to write into; on success it becomes ``target``, on failure nothing is left.
+
+    An existing ``target`` is replaced only if it is empty or holds a model (a ``config.json``), and only at the end.
+
+    Raises:
+        CheckpointError: the target is something else, or the disk is full.
+    """
+    target = Path(target).absolute()
+    _check_replaceable(target)
+    staged = target.with_name(f".{target.name}.part-{os.getpid()}")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+        yield staged
+        _swap(staged, target)
+    except OSError as error:
+        raise _explained(error, target) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file.", hint="Name a folder to write the checkpoint to.")
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        raise CheckpointError(
+            f"{target} exists and holds something that is not a model.", hint="Name a new or empty folder."
+        )
+
+
+def _swap(staged: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(staged, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _explained(error: OSError, target: Path) -> CheckpointError:
+    hint = "Check the path and your rights to write there."
+    if error.errno == errno.ENOSPC:
+        hint = "The disk is full; free some space or write elsewhere. What was there before is untouched."
+    return CheckpointError(f"Cannot write {target}: {error.strerror or error}.", hint=hint)
