@@ -116,9 +116,7 @@ class FillPacked:
         return {
             "input_ids": _stack([item.ids for item in items], self.pad_id, self.max_length),
             "labels": _stack([item.labels for item in items], IGNORE, self.max_length),
-            "position_ids": torch.stack(
-                [torch.cat([i.positions, tail]) for i, tail in zip(items, tails, strict=True)]
-            ),
+            "position_ids": torch.stack([torch.cat([i.positions, tail]) for i, tail in zip(items, tails, strict=True)]),
         }
 
 

@@ -59,22 +59,15 @@ class Chat(Template):
 
     def _messages(self, row: Row) -> list[Message]:
         messages = row.value(self.field)
-        if (
-            not isinstance(messages, list | tuple)
-            or not messages
-            or not all(_is_message(item) for item in messages)
-        ):
+        if not isinstance(messages, list | tuple) or not messages or not all(_is_message(item) for item in messages):
             raise DataError(
                 f"{row.origin}: field {self.field!r} is not a list of messages.",
-                hint='Write it as [{"role": "user", "content": "..."}, {"role": "assistant", "content": '
-                '"..."}].',
+                hint='Write it as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].',
             )
         return list(messages)
 
 
-def _written(
-    messages: list[Message], row: Row, encoder: TextEncoder, generation_prompt: bool = False
-) -> list[int]:
+def _written(messages: list[Message], row: Row, encoder: TextEncoder, generation_prompt: bool = False) -> list[int]:
     """Write messages out as ids; no messages at all give no ids (templates may fail on them)."""
     if not messages:
         return []
@@ -102,6 +95,4 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 
 
 def _is_message(item: Any) -> bool:
-    return (
-        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-    )
+    return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)

@@ -7,14 +7,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from eetrain.data.batches import FillPacked, PadLeft, PadRight, PromptRows, TokenRows
 from eetrain.data.corpus import HUB_SPLIT, Corpus, Split
 from eetrain.data.resume import FitPosition, ResumableDataLoader
-from eetrain.data.sampling import FixedBatchSampler, ResumableBatchSampler
+from eetrain.data.sampling import FixedSampler, ResumableBatchSampler
 from eetrain.data.sources import HubSource, is_hub
 from eetrain.data.templates import Template, Text
 from eetrain.data.tokenization import TextEncoder, load_tokenizer
@@ -149,6 +148,8 @@ class CausalLMDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a stage (``fit``, ``validate``, ``test``, ``predict``) or all need."""
         if stage in ("fit", None):
+            # What an earlier fit or a checkpoint opened for validation left behind; Lightning brings the state of a
+            # fit that is resumed after this.
             self._known_position, self._state_to_load, self._sampler = FitPosition(), None, None
         for split in filter(self.corpus.has, _SPLITS_OF_STAGE[stage]):
             if split == "predict":
@@ -179,9 +180,7 @@ class CausalLMDataModule(LightningDataModule):
         if self._state_to_load is not None:
             state, self._state_to_load = self._state_to_load, None
             self._sampler.load_state_dict(state["sampler"])
-            self._known_position = FitPosition(
-                self._sampler.epoch, self._sampler.start, state["total_batches"]
-            )
+            self._known_position = FitPosition(self._sampler.epoch, self._sampler.start, state["total_batches"])
         return ResumableDataLoader(
             rows,
             self._sampler,
@@ -201,9 +200,11 @@ class CausalLMDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the prompts to generate from, padded on the left, in file order."""
         prompts = self.corpus.prompts("predict")
-        sampler = FixedBatchSampler(len(prompts), self.eval_batch_size, *self._replica())
+        sampler = FixedSampler(len(prompts), *self._replica())
         collate = PadLeft(self.corpus.encoder.pad_id)
-        return DataLoader(prompts, batch_sampler=sampler, collate_fn=collate, **self._worker_options())
+        return DataLoader(
+            prompts, batch_size=self.eval_batch_size, sampler=sampler, collate_fn=collate, **self._worker_options()
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the fit stands in its data; empty outside a fit."""
@@ -215,15 +216,12 @@ class CausalLMDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the position of an interrupted fit; `train_dataloader` checks it and goes there."""
-        # A checkpoint opened for validation brings no progress of the fit loop that the position could be
-        # counted from.
-        if state_dict and (self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING):
-            self._state_to_load = state_dict
+        self._state_to_load = state_dict or None
 
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
         rows = self.corpus.rows(split)
-        sampler = FixedBatchSampler(len(rows), self.eval_batch_size, *self._replica())
-        return DataLoader(rows, batch_sampler=sampler, **self._token_options())
+        sampler = FixedSampler(len(rows), *self._replica())
+        return DataLoader(rows, batch_size=self.eval_batch_size, sampler=sampler, **self._token_options())
 
     def _token_options(self) -> dict[str, Any]:
         pad_id = self.corpus.encoder.pad_id
@@ -241,16 +239,23 @@ class CausalLMDataModule(LightningDataModule):
     def _replica(self) -> tuple[int, int]:
         """Return the number of replicas and which this is; the stages of a pipeline are one replica."""
         options = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return (1, 0) if options is None else (options["num_replicas"], options["rank"])
+        if self.trainer is None or options is None or options["num_replicas"] == 1:
+            return 1, 0
+        # Lightning tells this nowhere in public, and would shard what is sharded already.
+        if self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigError(
+                f"The trainer has use_distributed_sampler: true on {options['num_replicas']} replicas, but the data "
+                "module shards by itself.",
+                hint="Set trainer.use_distributed_sampler: false.",
+            )
+        return options["num_replicas"], options["rank"]
 
     def _check_arguments(self) -> None:
         for name, least in (("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", hint=f"Set it to {least} or more.")
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(
-                f"limit is {self.limit}.", hint="Set it to 1 or more, or leave it out for all rows."
-            )
+            raise ConfigError(f"limit is {self.limit}.", hint="Set it to 1 or more, or leave it out for all rows.")
         if self.overflow == "split" and not self.template.splittable:
             raise ConfigError(
                 f"overflow: split does not go with the template {type(self.template).__name__}: a later "

@@ -42,8 +42,7 @@ def _lines(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}:{number}: the bytes are not UTF-8 text ({error.reason}).",
-            hint="Known formats: CSV, JSON, JSONL (each also .gz), Parquet, and plain UTF-8 text of any "
-            "other ending.",
+            hint="Known formats: CSV, JSON, JSONL (each also .gz), Parquet, and plain UTF-8 text of any other ending.",
         ) from error
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(
@@ -127,8 +126,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 continue
             if len(cells) != len(header):
                 raise DataError(
-                    f"{path}:{line}: {len(cells)} columns, but the header has {len(header)} "
-                    f"({', '.join(header)}).",
+                    f"{path}:{line}: {len(cells)} columns, but the header has {len(header)} ({', '.join(header)}).",
                     hint="Quote cells that hold a comma or a line break.",
                 )
             yield line, dict(zip(header, cells, strict=True))

@@ -93,9 +93,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = (
-            epoch_order(self.num_rows, self.seed, self.epoch) if self.shuffle else torch.arange(self.num_rows)
-        )
+        order = epoch_order(self.num_rows, self.seed, self.epoch) if self.shuffle else torch.arange(self.num_rows)
         for batch in range(self.start, len(self)):
             first = batch * self.global_batch_size + self.rank * self.batch_size
             # The modulo is the wrap: positions past the end repeat the epoch's first rows.
@@ -142,37 +140,29 @@ class ResumableBatchSampler(Sampler[list[int]]):
                 )
 
 
-class FixedBatchSampler(Sampler[list[int]]):
-    """Batches in file order for evaluation, each row on exactly one replica.
+class FixedSampler(Sampler[int]):
+    """Rows in file order for evaluation, each on exactly one replica.
 
-    Replica `rank` takes rows ``rank, rank + R, rank + 2 R, ...``. All replicas yield equally many batches, or
-    collective calls would hang; a replica that runs out of rows yields `FILLER`, a row without labels, so
-    that nothing is counted twice.
+    Replica `rank` takes rows ``rank, rank + R, rank + 2 R, ...``. All replicas get equally many, or collective
+    calls would hang; one that runs out yields `FILLER`, a row without labels, so that nothing is counted twice.
 
     Args:
         num_rows: rows of the data set.
-        batch_size: rows per batch and replica; the last batch may be smaller.
         num_replicas: how many replicas share the data.
         rank: which of them this is, 0-based.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
-        assert min(num_rows, batch_size) > 0
+    def __init__(self, num_rows: int, num_replicas: int = 1, rank: int = 0) -> None:
+        assert num_rows > 0
         assert 0 <= rank < num_replicas
-        self.num_rows, self.batch_size = num_rows, batch_size
+        self.num_rows = num_rows
         self.num_replicas, self.rank = num_replicas, rank
 
-    @property
-    def rows_per_replica(self) -> int:
-        """Rows of each replica, fillers included."""
+    def __len__(self) -> int:
+        """Return the rows of each replica, fillers included."""
         return -(-self.num_rows // self.num_replicas)
 
-    def __len__(self) -> int:
-        """Return the number of batches, equal on all replicas."""
-        return -(-self.rows_per_replica // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        mine = [self.rank + i * self.num_replicas for i in range(self.rows_per_replica)]
-        rows = [row if row < self.num_rows else FILLER for row in mine]
-        for first in range(0, len(rows), self.batch_size):
-            yield rows[first : first + self.batch_size]
+    def __iter__(self) -> Iterator[int]:
+        for step in range(len(self)):
+            row = step * self.num_replicas + self.rank
+            yield row if row < self.num_rows else FILLER

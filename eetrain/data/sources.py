@@ -24,8 +24,7 @@ from eetrain.errors import DataError
 
 HUB_PREFIX = "hub:"
 _TWO_WAYS = (
-    "Give a file or glob pattern such as 'data/train*.jsonl', "
-    "or a hub data set as 'hub:owner/name@config#split'."
+    "Give a file or glob pattern such as 'data/train*.jsonl', or a hub data set as 'hub:owner/name@config#split'."
 )
 
 
@@ -71,8 +70,7 @@ class Row:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return " ".join(value)
         raise DataError(
-            f"{self.origin}: field {name!r} is {_describe(value)}, not a string, a number or a list of "
-            "strings.",
+            f"{self.origin}: field {name!r} is {_describe(value)}, not a string, a number or a list of strings.",
             hint="Correct the row, or use a template that reads other fields.",
         )
 
@@ -120,9 +118,7 @@ class HubSource:
             yield Row(fields, f"{HUB_PREFIX}{self.path}#{self.split or default_split}:{number}")
 
 
-def read_rows(
-    sources: str | Sequence[str], default_split: str = "train", limit: int | None = None
-) -> Iterator[Row]:
+def read_rows(sources: str | Sequence[str], default_split: str = "train", limit: int | None = None) -> Iterator[Row]:
     """Yield the rows of all sources in order, one at a time.
 
     Args:

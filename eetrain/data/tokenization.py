@@ -41,9 +41,7 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
-        self.pad_id: int = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )
+        self.pad_id: int = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self.check([self.pad_id])
 
     @property
@@ -84,9 +82,7 @@ class TextEncoder:
             ConfigError: an id lies outside the backbone's embedding.
         """
         # `verbose=False`: documents longer than the model are cut or split later, the warning would mislead.
-        encoded: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        encoded: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         for ids in encoded:
             self.check(ids)
         return encoded

@@ -130,7 +130,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scale_(buffer: Tensor, factor: Tensor) -> None:
-    """Multiply in place; a few rows at a time in 16 bit, where ``factor`` itself must not be rounded."""
+    """Multiply in place; 16-bit rows a few at a time in float32, as a GPU would round ``factor`` to 16 bit."""
     if buffer.dtype == wide_dtype(buffer.dtype):
         buffer.mul_(factor)
         return

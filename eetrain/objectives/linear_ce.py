@@ -30,7 +30,7 @@ from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics
 Kernel = Literal["torch", "cce"]
 TokenWeights = Callable[[TokenStatistics], Tensor]
 IGNORE_INDEX = -100
-_LOGITS_PER_CHUNK = {"cpu": 2**22}
+_LOGITS_PER_CHUNK_CPU = 2**22
 _LOGITS_PER_CHUNK_ACCELERATOR = 2**27
 _FEWEST_ROWS = 64
 
@@ -240,7 +240,8 @@ def _chunks(valid_N: Tensor, size: int) -> list[slice | Tensor]:
 
 
 def _default_chunk(weight_VD: Tensor) -> int:
-    budget = _LOGITS_PER_CHUNK.get(weight_VD.device.type, _LOGITS_PER_CHUNK_ACCELERATOR)
+    on_cpu = weight_VD.device.type == "cpu"
+    budget = _LOGITS_PER_CHUNK_CPU if on_cpu else _LOGITS_PER_CHUNK_ACCELERATOR
     return max(_FEWEST_ROWS, 1 << round(math.log2(budget / weight_VD.shape[0])))
 
 

@@ -130,7 +130,7 @@ def test_packed_documents_have_the_logits_they_have_alone(attention):
     model = LlamaForCausalLM(config).double().eval()
     lengths = [5, 1, 7, 3, 2, 6, 4]
     examples = [Example(torch.randint(3, 50, (n,)).tolist(), [True] * n, "f:1") for n in lengths]
-    examples = [Example(e.ids, [False] + e.scored[1:], e.origin) for e in examples]
+    examples = [Example(e.ids, [False, *e.scored[1:]], e.origin) for e in examples]
     table = TokenTable(examples)
     rows = TokenRows(table, cut(table, range(len(lengths)), 12, "split"), max_length=12)
     batch = FillPacked(pad_id=0, max_length=12)([rows[i] for i in range(len(rows))])

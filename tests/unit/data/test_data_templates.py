@@ -3,11 +3,11 @@
 import copy
 
 import pytest
+from tokenizers import processors
 
 from eetrain.data import Chat, PromptResponse, Row, Text
 from eetrain.data.tokenization import TextEncoder, TokenTable, load_tokenizer
 from eetrain.errors import ConfigError, DataError
-from tokenizers import processors
 
 ROW = Row({"mr": "name[The Eagle], food[Japanese]", "ref": "The Eagle serves food."}, "f.csv:2")
 TEMPLATE = {"prompt": "{mr}\n=> ", "response": "{ref}"}
@@ -87,7 +87,12 @@ def test_field_names_are_literal_and_braces_can_be_written():
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{a", "expected '}'"), ("{}", "a place has no name"), ("{a:>5}", "carries a format"), ("{a!r}", "carries a format")],
+    [
+        ("{a", "expected '}'"),
+        ("{}", "a place has no name"),
+        ("{a:>5}", "carries a format"),
+        ("{a!r}", "carries a format"),
+    ],
 )
 def test_unreadable_template(text, reason):
     with pytest.raises(ConfigError, match=f"The template's prompt .* cannot be read: .*{reason}"):
@@ -110,7 +115,9 @@ def _chat(*turns):
 
 def test_chat_scores_exactly_the_assistant_turns(chat_tokenizer):
     encoder = TextEncoder(chat_tokenizer)
-    row = _chat(("system", "Be brief."), ("user", "Food?"), ("assistant", "Yes."), ("user", "Where?"), ("assistant", "A dog."))
+    row = _chat(
+        ("system", "Be brief."), ("user", "Food?"), ("assistant", "Yes."), ("user", "Where?"), ("assistant", "A dog.")
+    )
     [example] = Chat().encode([row], encoder)
     text = "<bos><|system|>Be brief.\n<|user|>Food?\n<|assistant|>Yes.<eos>\n<|user|>Where?\n<|assistant|>A dog.<eos>\n"
     assert chat_tokenizer.decode(example.ids) == text
@@ -124,7 +131,8 @@ def test_chat_template_that_drops_earlier_turns_scores_no_foreign_token(chat_tok
     """Some templates rewrite the past; here every turn but the last loses its content."""
     rewriting = copy.deepcopy(chat_tokenizer)
     rewriting.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     row = _chat(("user", "Food?"), ("assistant", "Yes."), ("user", "Where?"), ("assistant", "A dog."))
@@ -159,7 +167,9 @@ def test_tokenizer_that_does_not_fit_names_both_sizes(tokenizer):
     row = Row({"text": "The quick brown fox."}, "f:1")
     largest = max(_ids(tokenizer, "The quick brown fox."))
     Text().encode([row], TextEncoder(tokenizer, vocab_size=largest + 1))
-    with pytest.raises(ConfigError, match=rf"\({len(tokenizer)} entries\) gives id {largest}, .* embeds only {largest} tokens"):
+    with pytest.raises(
+        ConfigError, match=rf"\({len(tokenizer)} entries\) gives id {largest}, .* embeds only {largest} tokens"
+    ):
         Text().encode([row], TextEncoder(tokenizer, vocab_size=largest))
 
 
@@ -176,7 +186,7 @@ def test_pad_falls_back_to_eos_then_to_zero(tokenizer, bare_tokenizer):
 def test_tokenizer_is_loaded_from_a_folder(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tok")
     assert load_tokenizer(str(tmp_path / "tok"))("The fox")["input_ids"] == tokenizer("The fox")["input_ids"]
-    with pytest.raises(ConfigError, match="The tokenizer .*nowhere' could not be loaded") as caught:
+    with pytest.raises(ConfigError, match=r"The tokenizer .*nowhere' could not be loaded") as caught:
         load_tokenizer(str(tmp_path / "nowhere"))
     assert "tokenizer.json" in caught.value.hint
 

@@ -1,0 +1,138 @@
+"""The command ``eetrain``: a table of verbs, and users' errors as one line and a hint.
+
+Exit status: 0 for success, 1 for a failure, 2 for bad use. ``EETRAIN_DEBUG=1`` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+
+from eetrain.cli_errors import explain, is_argument_problem
+from eetrain.errors import CheckpointError, EETrainError
+
+VERBS = {
+    "fit": "train exits into a backbone",
+    "validate": "score all exits on the validation data",
+    "test": "score all exits on the test data",
+    "predict": "generate for the rows of a data set",
+    "generate": "generate from a prompt with an exit policy",
+    "evaluate": "measure quality against depth of an exported checkpoint",
+    "export": "write a run as a Hugging Face folder",
+    "doctor": "check this machine and installation",
+    "ls": "list runs and their state",
+}
+RUN_VERBS = ("fit", "validate", "test", "predict")
+
+OK, FAILURE, BAD_USE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: command line after the program's name; that of the process if left out.
+
+    Returns:
+        The exit status.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in ("-h", "--help"):
+        sys.stdout.write(overview())
+        return OK
+    if given[0] not in VERBS:
+        return _report(*_unknown_verb(given[0]), status=BAD_USE)
+    try:
+        _run(given, from_process=argv is None)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else FAILURE if stop.code else OK
+    except KeyboardInterrupt:
+        return _report("interrupted.", "", status=FAILURE)
+    except Exception as error:
+        if os.environ.get("EETRAIN_DEBUG") == "1" or not _is_users(error):
+            raise
+        return _report(*_explain(error, given[0]), status=_status(error))
+    return OK
+
+
+def overview() -> str:
+    """What ``eetrain --help`` shows."""
+    verbs = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
+    return (
+        "usage: eetrain VERB [-c FILE.yaml]... [--KEY VALUE]...\n\n"
+        "Train early exits into a language model and decode with the layers each token needs.\n\n"
+        f"verbs:\n{verbs}\n\n`eetrain VERB --help` lists the settings of a verb.\n"
+    )
+
+
+def _run(given: list[str], *, from_process: bool) -> None:
+    verb = given[0]
+    if verb in RUN_VERBS:
+        from eetrain.training.command import run
+
+        run(None if from_process else given)
+        return
+    from jsonargparse import auto_cli
+
+    auto_cli(_command(verb), args=given[1:], as_positional=True, prog=f"eetrain {verb}", exit_on_error=False)
+
+
+def _command(verb: str) -> Callable[..., object]:
+    command: Callable[..., object] = getattr(importlib.import_module(f"eetrain.commands.{verb}"), verb)
+    return command
+
+
+def _unknown_verb(verb: str) -> tuple[str, str]:
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    meant = f"Did you mean {close[0]}? " if close else ""
+    return f"there is no verb {verb!r}.", f"{meant}Verbs: {', '.join(VERBS)}."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it, outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _own(error: BaseException) -> EETrainError | None:
+    """The error of ours inside what jsonargparse or Lightning made of it."""
+    return next((cause for cause in _causes(error) if isinstance(cause, EETrainError)), None)
+
+
+def _is_users(error: BaseException) -> bool:
+    return _own(error) is not None or isinstance(error, ArgumentError | OSError) or is_argument_problem(error)
+
+
+def _status(error: BaseException) -> int:
+    own = _own(error)
+    if own is not None:
+        return FAILURE if isinstance(own, CheckpointError) else BAD_USE
+    return FAILURE if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else BAD_USE
+
+
+def _explain(error: BaseException, verb: str) -> tuple[str, str]:
+    own = _own(error)
+    if own is not None:
+        return own.message, own.hint
+    if isinstance(error, OSError):
+        return str(error), "Check the path, its permissions and the space on that disk."
+    return explain(str(error), verb, _known_keys(verb))
+
+
+def _known_keys(verb: str) -> list[str]:
+    if verb in RUN_VERBS:
+        from eetrain.training.command import known_keys
+
+        return known_keys(verb)
+    return list(inspect.signature(_command(verb)).parameters)
+
+
+def _report(message: str, hint: str, *, status: int) -> int:
+    sys.stderr.write(f"error: {message}\n" + (f"HINT: {hint}\n" if hint else ""))
+    return status

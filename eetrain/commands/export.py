@@ -1,0 +1,42 @@
+"""``eetrain export``: a run becomes a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from eetrain.checkpoints.export import export_run
+
+
+def export(
+    run: str,
+    out: str,
+    checkpoint: str = "last",
+    policy: str | None = None,
+    keep_adapter: bool = False,
+    results: str | None = None,
+    json_output: bool = False,
+) -> int:
+    """Write a run's model as a folder that AutoModelForCausalLM and MultiExitModel open, and verify it.
+
+    Args:
+        run: folder of the run, or one of its .ckpt files.
+        out: folder to write; new, empty, or an older export, which is replaced.
+        checkpoint: which of the run's checkpoints, by name.
+        policy: exit policy that generate uses by default, such as threshold:0.9.
+        keep_adapter: write a LoRA adapter and refer to its base model instead of merging it.
+        results: results.json of eetrain evaluate, for the model card.
+        json_output: print one JSON object.
+    """
+    from eetrain.decoding import parse_policy
+
+    stored_policy = None if policy is None else str(parse_policy(policy))
+    folder = export_run(
+        run, out, checkpoint=checkpoint, exit_policy=stored_policy, keep_adapter=keep_adapter, results=results
+    )
+    files = sorted(path.name for path in folder.iterdir())
+    if json_output:
+        sys.stdout.write(json.dumps({"folder": str(folder), "files": files, "verified": True}) + "\n")
+    else:
+        sys.stdout.write(f"wrote {folder}: {', '.join(files)}\nverified: every exit gives the run's logits\n")
+    return 0

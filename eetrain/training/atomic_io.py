@@ -1,0 +1,54 @@
+"""Checkpoint files that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from eetrain.errors import CheckpointError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the target, flush to the disk, then rename over it.
+
+    A crash, a kill or a full disk in between leaves the previous file whole. Unlike Lightning's own this needs no second
+    copy of the checkpoint in memory.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written to.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write of its zip archive as RuntimeError.
+            temporary.unlink(missing_ok=True)
+            whole = " The previous checkpoint is whole." if target.exists() else ""
+            raise CheckpointError(
+                f"The checkpoint {target} could not be written: {_reason(error)}.{whole}",
+                hint="Free space on that disk or set another folder with --run, then resume with --ckpt_path last.",
+            ) from error
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _reason(error: BaseException) -> str:
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return str(error).splitlines()[0]

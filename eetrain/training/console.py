@@ -1,0 +1,97 @@
+"""What a run shows on stderr: its table of exits, a bar where there is a terminal, and less of Lightning's small talk."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+COLUMNS = ("nll", "accuracy", "agreement", "ece")
+_SMALL_TALK = (
+    "Tip:",
+    "GPU available:",
+    "TPU available:",
+    "HPU available:",
+    "`weights_only` was not set",
+    "Seed set to",
+)
+_CHATTY_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+)
+_IDLE_WARNINGS = (".*LeafSpec.*", ".*does not have many workers.*", ".*args parameter is intended to run from within.*")
+
+
+def exit_rows(scores: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Rows of the table of exits from ``{"nll/exit_3": 2.1, ...}``: depth, then :data:`COLUMNS`; ``-`` if missing."""
+    depths = list(dict.fromkeys(name.split("/", 1)[1] for name in scores))
+    return [
+        (depth, *(f"{scores[key]:.4f}" if (key := f"{column}/{depth}") in scores else "-" for column in COLUMNS))
+        for depth in depths
+    ]
+
+
+def show_exits(title: str, scores: Mapping[str, float]) -> None:
+    """Write the table of exits to stderr: with rules on a terminal, tab-free plain text elsewhere."""
+    rows, header = exit_rows(scores), ("depth", *COLUMNS)
+    if sys.stderr.isatty():
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console(stderr=True).print(table)
+        return
+    lines = [f"{row[0]:<10}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in (header, *rows)]
+    sys.stderr.write("\n".join([title, *lines, ""]))
+
+
+class ExitTable(Callback):
+    """Show the table of exits at the end of fit, validate and test, once per run and not per process."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is trained."""
+        if trainer.is_global_zero:
+            counts = [p.numel() * p.requires_grad for p in pl_module.parameters()]
+            total = sum(p.numel() for p in pl_module.parameters())
+            layers = ", ".join(map(str, pl_module.settings.exits.layers or [])) or "no block"
+            sys.stderr.write(f"Training {sum(counts):,} of {total:,} parameters; exits after {layers}.\n")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last validation."""
+        self._show(trainer, pl_module, "val", "Validation at the end of training")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the scores of ``validate``."""
+        if trainer.state.fn == "validate":
+            self._show(trainer, pl_module, "val", "Validation")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the scores of ``test``."""
+        self._show(trainer, pl_module, "test", "Test")
+
+    def _show(self, trainer: Trainer, pl_module: LightningModule, stage: str, title: str) -> None:
+        scores = pl_module.scores.get(stage)
+        if trainer.is_global_zero and scores:
+            show_exits(title, scores)
+
+
+def hush() -> None:
+    """Silence what says nothing to the user; everything else Lightning has to say stays."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    for pattern in _IDLE_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(phrase in message for phrase in _SMALL_TALK)

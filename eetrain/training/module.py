@@ -1,0 +1,291 @@
+"""The LightningModule: a multi-exit model, an objective, and what a Trainer needs to run them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from eetrain.errors import ConfigError
+from eetrain.exits import ExitConfig, MultiExitModel, MultiExitOutput
+from eetrain.objectives import MultiExitCrossEntropy, Objective, ObjectiveOutput, score
+from eetrain.objectives.linear_ce import shift_labels
+from eetrain.training.building import adapt, build_model, freeze_idle, resolved_settings
+from eetrain.training.checkpoint_state import (
+    check_settings,
+    check_state,
+    with_frozen_backbone,
+    without_frozen_backbone,
+)
+from eetrain.training.metrics import IGNORE_INDEX, ExitMetrics
+from eetrain.training.optimization import build_adamw, build_schedule
+from eetrain.training.precision import keeping_tables
+from eetrain.training.randomness import batch_seed, seed_generators
+from eetrain.training.settings import BackboneConfig, LoraSettings, ModelSettings, OptimizerConfig, Tuning
+
+Batch = dict[str, Tensor]
+_RECORD = "eetrain"
+
+
+class EarlyExitModule(LightningModule):
+    """Trains exits into a decoder, alone, with adapters, or together with all of it.
+
+    Construction is cheap; the model is built in :meth:`configure_model`. Dropout is a function of seed, rank and batch
+    number, so a resumed run continues bitwise. Loss and gradients are means over the scored tokens of *all* processes.
+
+    Example:
+        >>> module = EarlyExitModule(BackboneConfig(path="path"), ExitConfig(every=4), MultiExitCrossEntropy())
+        >>> module.settings.tuning
+        'full'
+
+    Args:
+        backbone: where the backbone comes from.
+        exits: where exits stand and what their heads are.
+        objective: what is minimised.
+        tuning: ``full`` trains everything, ``frozen`` the exits, ``lora`` exits and adapters.
+        lora: the adapters.
+        optimizer: AdamW and its schedule.
+        activation_checkpointing: recompute the backbone's blocks in backward instead of keeping their activations.
+        router_loss: add the auxiliary loss of a mixture of experts.
+        predict_policy: the exit policy of ``predict``, such as ``never`` or ``threshold:0.9``.
+        predict_max_new_tokens: how many tokens ``predict`` generates at most.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        exits: ExitConfig,
+        objective: Objective,
+        tuning: Tuning = "full",
+        lora: LoraSettings = LoraSettings(),  # noqa: B008
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        activation_checkpointing: bool = False,
+        router_loss: bool = True,
+        predict_policy: str = "never",
+        predict_max_new_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.settings = ModelSettings(backbone, exits, tuning, lora)
+        self.objective = objective
+        self.optimizer_config = optimizer
+        self.activation_checkpointing, self.router_loss = activation_checkpointing, router_loss
+        self.predict_policy, self.predict_max_new_tokens = predict_policy, predict_max_new_tokens
+        self.model: MultiExitModel | None = None
+        self.metrics = nn.ModuleDict()
+        self.scores: dict[str, dict[str, float]] = {}
+        self.scored_at: int | None = None
+        self._noise_seed: int | None = None
+        self._tokens_seen: Tensor = torch.zeros((), dtype=torch.int64)
+        self._check_settings()
+        self._record_settings()
+
+    @classmethod
+    def from_model(
+        cls, model: MultiExitModel, objective: Objective | None = None, *, tuning: Tuning = "full", **settings: Any
+    ) -> EarlyExitModule:
+        """Train a model that is already there.
+
+        Args:
+            model: used as it is, and changed: frozen or given adapters as ``tuning`` asks. ``full`` leaves
+                ``requires_grad`` as it is.
+            objective: see the class; by default `MultiExitCrossEntropy()`.
+            tuning: see the class.
+            **settings: other arguments of the class, except ``backbone`` and ``exits``.
+        """
+        fields = json.loads(model.causal_lm.config.to_json_string(use_diff=False))
+        objective = MultiExitCrossEntropy() if objective is None else objective
+        module = cls(BackboneConfig(config=fields), model.config, objective, tuning, **settings)
+        module._adopt(adapt(model, module.settings))
+        return module
+
+    def configure_model(self) -> None:
+        """Build the model, once."""
+        if self.model is None:
+            self._adopt(build_model(self.settings))
+
+    def train(self, mode: bool = True) -> EarlyExitModule:
+        """Switch to training; a frozen backbone stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.model is not None and self.settings.tuning == "frozen":
+            self.model.backbone.eval()
+        return self
+
+    def forward(self, batch: Batch, *, full_depth: bool, routers: bool = False) -> MultiExitOutput:
+        """Run the model on a batch of the data module."""
+        return self._built()(
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            batch.get("position_ids"),
+            full_depth=full_depth,
+            routers=routers,
+        )
+
+    def on_fit_start(self) -> None:
+        """Agree on a seed for dropout, unless a checkpoint brought one."""
+        if self._noise_seed is None:
+            self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout for this batch."""
+        assert self._noise_seed is not None
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        seed_generators(batch_seed(self._noise_seed, self.global_rank, done))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The objective's loss, weighted by this process's share of the scored tokens."""
+        result = self.compute_loss(batch)
+        share, means = self._over_processes(batch, result)
+        self.log("train/loss", means.pop("loss"), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in means.items()})
+        self.log("train/tokens", self._tokens_seen.float())
+        self.log_dict({f"train/lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups})
+        return result.total * share
+
+    def compute_loss(self, batch: Batch, *, statistics: bool = False) -> ObjectiveOutput:
+        """Forward pass and objective of one batch at the present step."""
+        step = self.global_step if self._trainer is not None else 0
+        routers = self.router_loss and self.settings.tuning != "frozen"
+        output = self(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
+        return self.objective(output, batch["labels"], step=step, statistics=statistics)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score all exits on a batch."""
+        self._score(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score all exits on a batch."""
+        self._score(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/nll/exit_3`` and so on, over all processes."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/nll/exit_3`` and so on, over all processes."""
+        self._log_scores("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Generate greedily under ``predict_policy``; returns the new tokens ``[B, new]``."""
+        prompt = batch["input_ids"]
+        ids: Tensor = self._built().generate(
+            prompt,
+            attention_mask=batch["attention_mask"],
+            exit_policy=self.predict_policy,
+            max_new_tokens=self.predict_max_new_tokens,
+            do_sample=False,
+        )
+        return ids[:, prompt.shape[1] :]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the trainable parameters, with its schedule stepped every optimizer step."""
+        optimizer = build_adamw(self.named_parameters(), self.optimizer_config)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out a frozen backbone that can be read again; add what resuming needs."""
+        if self.settings.omits_backbone:
+            checkpoint["state_dict"] = without_frozen_backbone(checkpoint["state_dict"], self)
+        checkpoint[_RECORD] = {**self._record(), "noise_seed": self._noise_seed, "tokens_seen": int(self._tokens_seen)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model, and complete it by the frozen backbone.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        self.configure_model()
+        record = checkpoint.get(_RECORD, {})
+        check_settings(record, self._record())
+        if self.settings.omits_backbone:
+            checkpoint["state_dict"] = with_frozen_backbone(checkpoint["state_dict"], self)
+        check_state(checkpoint["state_dict"], self)
+        self._noise_seed = record.get("noise_seed")
+        self._tokens_seen = torch.tensor(record.get("tokens_seen", 0))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EarlyExitModule:
+        with keeping_tables(self):
+            super()._apply(fn, recurse)
+        return self
+
+    def _adopt(self, model: MultiExitModel) -> None:
+        self.objective.bind(model.exit_layers, model.num_blocks)
+        freeze_idle(model, full_depth=self.objective.needs_full_depth())
+        if self.activation_checkpointing:
+            model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = model
+        for stage in ("val", "test"):
+            self.metrics[stage] = ExitMetrics(model.exit_layers, model.full_depth_loaded)
+        self.settings = resolved_settings(self.settings, model)
+        self._record_settings()
+        self.train()
+
+    def _built(self) -> MultiExitModel:
+        assert self.model is not None, "the model is built in configure_model()"
+        return self.model
+
+    def _record_settings(self) -> None:
+        self.save_hyperparameters(self.settings.to_dict())
+
+    def _record(self) -> dict[str, Any]:
+        return {"frozen_backbone": self.settings.backbone.path if self.settings.omits_backbone else None}
+
+    def _check_settings(self) -> None:
+        name, tuning = type(self.objective).__name__, self.settings.tuning
+        if self.objective.freezes_backbone and tuning != "frozen":
+            raise ConfigError(
+                f"The objective {name} trains exits of a frozen backbone, but model.tuning={tuning}.",
+                hint="Set model.tuning=frozen, or use MultiExitCrossEntropy.",
+            )
+        if self.settings.backbone.load == "exits" and self.objective.needs_full_depth():
+            raise ConfigError(
+                f"model.backbone.load=exits leaves out the last blocks, but the objective {name} needs them.",
+                hint="Set model.backbone.load=full, or full_weight=0 in the objective.",
+            )
+        if self.activation_checkpointing and tuning == "frozen":
+            raise ConfigError(
+                "model.activation_checkpointing is on, but a frozen backbone keeps no activations.",
+                hint="Set model.activation_checkpointing=false.",
+            )
+
+    @torch.no_grad()
+    def _over_processes(self, batch: Batch, result: ObjectiveOutput) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The factor that makes averaged gradients those of the mean over all tokens, and means of what is logged."""
+        scored = (shift_labels(batch["labels"]) != IGNORE_INDEX).sum().float()
+        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().float()
+        values = {"loss": result.total, **result.terms}
+        means = torch.stack([value.detach().float() for value in values.values()])
+        if self.trainer.world_size == 1:
+            self._count(seen)
+            return 1.0, dict(zip(values, means, strict=True))
+        sums = self.trainer.strategy.reduce(torch.cat([torch.stack([scored, seen]), means * scored]), reduce_op="sum")
+        total = sums[0].clamp(min=1)
+        self._count(sums[1])
+        return scored * self.trainer.world_size / total, dict(zip(values, sums[2:] / total, strict=True))
+
+    def _count(self, tokens: Tensor) -> None:
+        # Stays on the device: reading it would wait for the step.
+        self._tokens_seen = self._tokens_seen.to(tokens.device) + tokens.long()
+
+    def _score(self, batch: Batch, stage: Literal["val", "test"]) -> None:
+        output = self(batch, full_depth=self._built().full_depth_loaded)
+        statistics, layers = score(output, batch["labels"])
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, ExitMetrics)
+        metrics.update(statistics, layers, shift_labels(batch["labels"]))
+
+    def _log_scores(self, stage: Literal["val", "test"]) -> None:
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, ExitMetrics)
+        values = metrics.compute()
+        if self.trainer.sanity_checking:
+            return
+        self.scores[stage] = {name: float(value) for name, value in values.items()}
+        self.scored_at = self.global_step
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
