@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given[0] not in VERBS:
         return _report(*_unknown_verb(given[0]), status=BAD_USE)
     try:
-        _run(given, from_process=argv is None)
+        return _run(given, from_process=argv is None)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILURE if stop.code else OK
     except KeyboardInterrupt:
@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("EETRAIN_DEBUG") == "1" or not _is_users(error):
             raise
         return _report(*_explain(error, given[0]), status=_status(error))
-    return OK
 
 
 def overview() -> str:
@@ -70,16 +69,31 @@ def overview() -> str:
     )
 
 
-def _run(given: list[str], *, from_process: bool) -> None:
+def _run(given: list[str], *, from_process: bool) -> int:
     verb = given[0]
     if verb in RUN_VERBS:
         from eetrain.training.command import run
 
         run(None if from_process else given)
-        return
+        return OK
     from jsonargparse import auto_cli
 
-    auto_cli(_command(verb), args=given[1:], as_positional=True, prog=f"eetrain {verb}", exit_on_error=False)
+    command = _command(verb)
+    arguments = with_flags(given[1:], command)
+    status = auto_cli(command, args=arguments, as_positional=True, prog=f"eetrain {verb}", exit_on_error=False)
+    return status if isinstance(status, int) else OK
+
+
+def with_flags(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:
+    """``--json`` for ``--json true``, and likewise for every parameter of ``command`` that is false by default."""
+    flags = {f"--{name}" for name, p in inspect.signature(command).parameters.items() if p.default is False}
+    spelled: list[str] = []
+    for place, argument in enumerate(arguments):
+        spelled.append(argument)
+        following = arguments[place + 1] if place + 1 < len(arguments) else ""
+        if argument in flags and following.lower() not in ("true", "false"):
+            spelled.append("true")
+    return spelled
 
 
 def _command(verb: str) -> Callable[..., object]:
@@ -101,8 +115,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _own(error: BaseException) -> EETrainError | None:
-    """The error of ours inside what jsonargparse or Lightning made of it."""
-    return next((cause for cause in _causes(error) if isinstance(cause, EETrainError)), None)
+    """The error of ours at the root of what jsonargparse or Lightning made of it."""
+    return next((cause for cause in reversed(list(_causes(error))) if isinstance(cause, EETrainError)), None)
 
 
 def _is_users(error: BaseException) -> bool:
@@ -122,15 +136,8 @@ def _explain(error: BaseException, verb: str) -> tuple[str, str]:
         return own.message, own.hint
     if isinstance(error, OSError):
         return str(error), "Check the path, its permissions and the space on that disk."
-    return explain(str(error), verb, _known_keys(verb))
-
-
-def _known_keys(verb: str) -> list[str]:
-    if verb in RUN_VERBS:
-        from eetrain.training.command import known_keys
-
-        return known_keys(verb)
-    return list(inspect.signature(_command(verb)).parameters)
+    known = [] if verb in RUN_VERBS else list(inspect.signature(_command(verb)).parameters)
+    return explain(str(error), verb, known)
 
 
 def _report(message: str, hint: str, *, status: int) -> int:

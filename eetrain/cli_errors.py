@@ -36,7 +36,7 @@ def explain(text: str, verb: str, known: Iterable[str]) -> tuple[str, str]:
         found = pattern.search(text)
         if found:
             return _unknown_key(found["key"].removeprefix(f"{verb}."), text, verb, known)
-    if "class_path" in text and "import path" in text or "Unable to import" in text:
+    if "import path" in text or "Unable to import" in text:
         hint = "Write a class as its name or as a dotted path, such as eetrain.objectives.EETuning."
     else:
         hint = f"`eetrain {verb} --help` lists the settings and their types."
@@ -57,7 +57,7 @@ def one_line(text: str) -> str:
         body = " ".join(reasons) + got
     body = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", body)
     body = re.sub(r"typing\.Literal\[(.*?)\]", r"value out of \1", body)
-    body = re.sub(r"\s+", " ", body).strip()
+    body = re.sub(r"\s+", " ", body).strip(" -")
     return f"{key['key']}: {body}" if key else body
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from json import dumps
 
 from eetrain.checkpoints.export import export_run
 
@@ -15,7 +15,7 @@ def export(
     policy: str | None = None,
     keep_adapter: bool = False,
     results: str | None = None,
-    json_output: bool = False,
+    json: bool = False,
 ) -> int:
     """Write a run's model as a folder that AutoModelForCausalLM and MultiExitModel open, and verify it.
 
@@ -26,7 +26,7 @@ def export(
         policy: exit policy that generate uses by default, such as threshold:0.9.
         keep_adapter: write a LoRA adapter and refer to its base model instead of merging it.
         results: results.json of eetrain evaluate, for the model card.
-        json_output: print one JSON object.
+        json: print one JSON object.
     """
     from eetrain.decoding import parse_policy
 
@@ -35,8 +35,8 @@ def export(
         run, out, checkpoint=checkpoint, exit_policy=stored_policy, keep_adapter=keep_adapter, results=results
     )
     files = sorted(path.name for path in folder.iterdir())
-    if json_output:
-        sys.stdout.write(json.dumps({"folder": str(folder), "files": files, "verified": True}) + "\n")
+    if json:
+        sys.stdout.write(dumps({"folder": str(folder), "files": files, "verified": True}) + "\n")
     else:
         sys.stdout.write(f"wrote {folder}: {', '.join(files)}\nverified: every exit gives the run's logits\n")
     return 0

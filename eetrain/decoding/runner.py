@@ -167,13 +167,14 @@ class Runner:
         """Blocks ``start+1..bound``; also gives the last slot's state before the last of them."""
         window = current.window
         before = self.harvester.run(current.harvest, current.state_RWD, range(start + 1, bound))
+        previous_RD = before[:, -1].clone()  # may be a view of the waiting states, which are about to be overwritten
         after = self.harvester.run(current.harvest, before, (bound,))
         for row in range(len(self.ids)) if window.rows is None else window.rows.tolist():
             self.block_calls += (bound - start) * (window.last - self.reached[bound][row])
             self.reached[bound][row] = window.last
         if bound < self.route.end and self.policy.repair == "recompute":
             self._keep_waiting(after, window)
-        return after, before[:, -1]
+        return after, previous_RD
 
     def _keep_waiting(self, state_RWD: Tensor, window: Window) -> None:
         """Remember states at the deepest block reached, for the slots from the window on."""

@@ -15,8 +15,8 @@ from eetrain.errors import CheckpointError
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write beside the target, flush to the disk, then rename over it.
 
-    A crash, a kill or a full disk in between leaves the previous file whole. Unlike Lightning's own this needs no second
-    copy of the checkpoint in memory.
+    A crash, a kill or a full disk in between leaves the previous file whole. Unlike Lightning's own this keeps no
+    second copy of the checkpoint in memory.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:

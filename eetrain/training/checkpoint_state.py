@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint holds of a run: trainable weights, and the frozen ones only if nothing else holds them."""
+"""What a checkpoint of a run holds: trainable weights, and frozen ones only if nothing else holds them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_state(saved: dict[str, Tensor], module: nn.Module) -> None:
     if found:
         raise CheckpointError(
             f"The checkpoint does not fit the model of this run: {', '.join(found)}.",
-            hint="Resume with the model.backbone, model.exits, model.tuning and model.lora settings it was written with.",
+            hint="Resume with the settings of model.backbone, exits, tuning and lora it was written with.",
         )
 
 

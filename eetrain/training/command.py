@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 import uuid
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from eetrain.cli_errors import explain
 from eetrain.data import CausalLMDataModule
+from eetrain.errors import ConfigError
 from eetrain.training.atomic_io import AtomicCheckpointIO
 from eetrain.training.building import vocabulary_size
 from eetrain.training.console import ExitTable, hush
@@ -84,6 +87,20 @@ class RunCLI(LightningCLI):
     def run_folder(self) -> Path:
         """Where checkpoints, logs, the configuration and predictions go."""
         return Path(self._get(self.config, "run"))
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in our words what is wrong with the command line or its files.
+
+        Raises:
+            ConfigError: names the setting, and the closest one if it is unknown.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            verb = (sys.argv[1:] if args is None else args)[0]
+            known = [action.dest for action in self._subcommand_parsers[verb]._actions]
+            message, hint = explain(str(error), verb, known)
+            raise ConfigError(message, hint=hint) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, checkpoints and machine-readable output."""
@@ -162,18 +179,6 @@ def run(args: list[str] | None = None) -> None:
     """
     hush()
     RunCLI(args)
-
-
-def known_keys(verb: str) -> list[str]:
-    """Every setting of a verb, as a dotted key."""
-    cli = RunCLI.__new__(RunCLI)
-    cli.trainer_class, cli.trainer_defaults, cli.seed_everything_default = Trainer, {}, 0
-    cli._model_class, cli.subclass_mode_model = EarlyExitModule, False
-    cli.datamodule_class = cli._datamodule_class = CausalLMDataModule
-    cli.subclass_mode_data, cli.parser_class, cli.auto_configure_optimizers = False, LightningArgumentParser, False
-    cli._subcommand_method_arguments = {}
-    parser = cli._prepare_subcommand_parser(Trainer, verb)
-    return [action.dest for action in parser._actions]
 
 
 def _plain(trainer: Trainer) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run shows on stderr: its table of exits, a bar where there is a terminal, and less of Lightning's small talk."""
+"""What a run shows on stderr: its table of exits, and less of Lightning's small talk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ _CHATTY_LOGGERS = (
     "lightning.fabric.utilities.seed",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
-_IDLE_WARNINGS = (".*LeafSpec.*", ".*does not have many workers.*", ".*args parameter is intended to run from within.*")
+_IDLE_WARNINGS = (
+    ".*LeafSpec.*",
+    ".*The dirpath has changed from.*",
+    ".*does not have many workers.*",
+    ".*args parameter is intended to run from within.*",
+)
 
 
 def exit_rows(scores: Mapping[str, float]) -> list[tuple[str, ...]]:
@@ -64,8 +69,9 @@ class ExitTable(Callback):
             sys.stderr.write(f"Training {sum(counts):,} of {total:,} parameters; exits after {layers}.\n")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the last validation."""
-        self._show(trainer, pl_module, "val", "Validation at the end of training")
+        """Show the last validation, if nothing was trained after it."""
+        if pl_module.scored_at == trainer.global_step:
+            self._show(trainer, pl_module, "val", "Validation at the end of training")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the scores of ``validate``."""

@@ -118,13 +118,14 @@ class EarlyExitModule(LightningModule):
 
     def forward(self, batch: Batch, *, full_depth: bool, routers: bool = False) -> MultiExitOutput:
         """Run the model on a batch of the data module."""
-        return self._built()(
+        output: MultiExitOutput = self._built()(
             batch["input_ids"],
             batch.get("attention_mask"),
             batch.get("position_ids"),
             full_depth=full_depth,
             routers=routers,
         )
+        return output
 
     def on_fit_start(self) -> None:
         """Agree on a seed for dropout, unless a checkpoint brought one."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def keeping_tables(module: nn.Module) -> Iterator[None]:
     """Undo casts of non-persistent buffers inside, moves between devices excepted.
 
-    Rotary frequencies are such buffers. transformers keeps them in float32 under any dtype; `module.to(bfloat16)`, which
-    is what `Trainer(precision="bf16-true")` does, would round them and shift the positions of long texts.
+    Rotary frequencies are such buffers. transformers keeps them in float32 under any dtype; `module.to(bfloat16)`,
+    which is what `Trainer(precision="bf16-true")` does, would round them and shift the positions of long texts.
     """
     kept: list[tuple[nn.Module, str, Tensor]] = [
         (owner, name, buffer)
