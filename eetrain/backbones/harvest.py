@@ -9,15 +9,14 @@ Shape suffixes: ``B`` batch, ``T`` positions fed in, ``D`` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eetrain.backbones.anatomy import Anatomy, decoder_of, submodule
+from eetrain.backbones.packing import packed_mask
 from eetrain.backbones.recorder import Call, Recorder, hidden_of
 from eetrain.backbones.shadow import shadow
 from eetrain.errors import UnsupportedModelError
@@ -49,6 +48,7 @@ class Harvester:
         decoder = decoder_of(backbone, anatomy)
         blocks: Sequence[nn.Module] = list(submodule(decoder, anatomy.blocks))  # type: ignore[call-overload]
         self.blocks = blocks
+        self._decoder = decoder
         self.anatomy = anatomy
         self._recorders = [Recorder(block, anatomy.returns_tuple) for block in blocks[:depth]]
         self._shadow = shadow(decoder, {anatomy.blocks: nn.ModuleList(self._recorders)})
@@ -71,27 +71,32 @@ class Harvester:
             cache: a transformers cache whose lengths say what came before, or ``None``.
 
         Raises:
-            UnsupportedModelError: the model did not call all its blocks (LayerDrop is on, say).
+            UnsupportedModelError: the model did not call all its blocks (LayerDrop is on, say), or it cannot keep
+                packed documents apart.
         """
         inputs = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        if position_ids is not None and attention_mask is None and cache is None:
+            attention_mask = packed_mask(self._decoder, self.anatomy, position_ids, self._widthless(position_ids))
         kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": cache is not None, **inputs}
         if self.anatomy.takes_position_ids and position_ids is not None:
             kwargs["position_ids"] = position_ids
         if cache is not None:
             kwargs["past_key_values"] = cache
-        for recorder in self._recorders:
-            recorder.call = None
         self._shadow(**kwargs)
-        calls = tuple(recorder.call for recorder in self._recorders if recorder.call is not None)
-        if len(calls) != len(self._recorders) or not calls:
+        recorded = [recorder.take() for recorder in self._recorders]
+        calls = tuple(call for call, _ in recorded if call is not None)
+        hidden = recorded[0][1]
+        if hidden is None or len(calls) != len(recorded):
             raise UnsupportedModelError(
-                f"The decoder called {len(calls)} of its {len(self._recorders)} blocks.",
+                f"The decoder called {len(calls)} of its {len(recorded)} blocks.",
                 hint="Turn off LayerDrop (config.layerdrop = 0): eetrain decides which blocks run.",
             )
-        first = self._recorders[0]
-        hidden, first.hidden = first.hidden, None
-        assert hidden is not None
         return Harvest(hidden, calls)
+
+    def _widthless(self, position_ids: Tensor) -> Tensor:
+        """``[B, T, 0]`` of the backbone's type: all that mask functions want to know about hidden states."""
+        parameter = next(self._decoder.parameters())
+        return position_ids.new_empty(*position_ids.shape, 0, dtype=parameter.dtype)
 
     def run(self, harvest: Harvest, hidden_BTD: Tensor, blocks: Sequence[int]) -> Tensor:
         """Run the real blocks ``blocks`` (1-based, in the order given) on ``hidden_BTD`` and return the result."""
@@ -103,10 +108,3 @@ class Harvester:
 def call_block(block: nn.Module, hidden_BTD: Tensor, call: Call) -> Tensor:
     """Call one block with harvested arguments; a block that returns a tuple gives its first element."""
     return hidden_of(block(hidden_BTD, *call.args, **call.kwargs))
-
-
-@contextmanager
-def frozen_if(frozen: bool) -> Iterator[None]:
-    """No autograd inside when ``frozen``: a frozen backbone then keeps no activations."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-        yield

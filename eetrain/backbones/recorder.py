@@ -35,10 +35,15 @@ class Recorder(nn.Module):
 
     def __init__(self, block: nn.Module, returns_tuple: bool = False) -> None:
         super().__init__()
-        self.__dict__["block"] = block
-        self.__dict__["call"] = None
-        self.__dict__["hidden"] = None
-        self.returns_tuple = returns_tuple
+        # Past nn.Module's __setattr__: the block must not become a submodule, and this is the decoding loop's hot path.
+        self.__dict__.update(block=block, returns_tuple=returns_tuple, call=None, hidden=None)
+
+    def take(self) -> tuple[Call | None, Tensor | None]:
+        """What was recorded, which is forgotten."""
+        fields = self.__dict__
+        recorded = fields["call"], fields["hidden"]
+        fields["call"] = fields["hidden"] = None
+        return recorded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Record and pass on."""
@@ -47,8 +52,7 @@ class Recorder(nn.Module):
         else:
             kwargs = dict(kwargs)
             hidden, rest = kwargs.pop("hidden_states"), ()
-        self.__dict__["call"] = Call(rest, kwargs)
-        self.__dict__["hidden"] = hidden
+        self.__dict__.update(call=Call(rest, kwargs), hidden=hidden)
         return (hidden,) if self.returns_tuple else hidden
 
     def __getattr__(self, name: str) -> Any:

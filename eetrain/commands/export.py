@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from json import dumps
+from pathlib import Path
 
 from eetrain.checkpoints.export import export_run
 
 
 def export(
     run: str,
-    out: str,
+    out: str | None = None,
     checkpoint: str = "last",
     policy: str | None = None,
     keep_adapter: bool = False,
@@ -21,7 +22,8 @@ def export(
 
     Args:
         run: folder of the run, or one of its .ckpt files.
-        out: folder to write; new, empty, or an older export, which is replaced.
+        out: folder to write; new, empty, or an older export, which is replaced. By default the run's name followed
+            by -export.
         checkpoint: which of the run's checkpoints, by name.
         policy: exit policy that generate uses by default, such as threshold:0.9.
         keep_adapter: write a LoRA adapter and refer to its base model instead of merging it.
@@ -32,7 +34,12 @@ def export(
 
     stored_policy = None if policy is None else str(parse_policy(policy))
     folder = export_run(
-        run, out, checkpoint=checkpoint, exit_policy=stored_policy, keep_adapter=keep_adapter, results=results
+        run,
+        out or _beside(run),
+        checkpoint=checkpoint,
+        exit_policy=stored_policy,
+        keep_adapter=keep_adapter,
+        results=results,
     )
     files = sorted(path.name for path in folder.iterdir())
     if json:
@@ -40,3 +47,8 @@ def export(
     else:
         sys.stdout.write(f"wrote {folder}: {', '.join(files)}\nverified: every exit gives the run's logits\n")
     return 0
+
+
+def _beside(run: str) -> str:
+    path = Path(run)
+    return str(path.with_name(f"{path.stem if path.suffix == '.ckpt' else path.name}-export"))

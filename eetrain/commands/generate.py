@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from rich.text import Text
 
 from eetrain.commands.opening import as_list, open_for_decoding, unescaped
 from eetrain.commands.output import print_json, progress, stdout
@@ -18,7 +19,7 @@ from eetrain.decoding import Policy, parse_policy
 from eetrain.errors import ConfigError, DataError
 from eetrain.evaluation.batches import generate_options, left_padded
 from eetrain.exits import MultiExitModel
-from eetrain.viewing import Generation, Token, html_page, legend, mean_depth, render_tokens
+from eetrain.viewing import Generation, Token, html_page, legend, mean_depth, render_tokens, visible
 
 _RECORDS = (".csv", ".json", ".jsonl", ".parquet")
 
@@ -189,6 +190,6 @@ def _show(generations: Sequence[Generation], num_blocks: int, seconds: float, co
         return
     for generation in generations:
         if len(generations) > 1:
-            console.print(f"> {generation.prompt}", style="bold", markup=False, soft_wrap=True)
+            console.print(Text(visible(f"> {generation.prompt}"), style="bold"), soft_wrap=True)
         console.print(render_tokens(generation.tokens, num_blocks), soft_wrap=True)
     console.print(legend(_all_tokens(generations), num_blocks, seconds), soft_wrap=True)

@@ -49,6 +49,31 @@ def decode(
     Returns:
         Ids ``[B, T + new]``, or an :class:`EarlyExitOutput` with ``return_dict_in_generate``.
     """
+    with torch.inference_mode():
+        result = _decode(runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    return _outside_inference_mode(result)
+
+
+def _outside_inference_mode(result: Tensor | EarlyExitOutput) -> Tensor | EarlyExitOutput:
+    """Copies that autograd accepts: tensors made in inference mode cannot be inputs of training."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    for name, value in result.items():
+        if isinstance(value, Tensor):
+            result[name] = value.clone()
+        elif isinstance(value, tuple):
+            result[name] = tuple(item.clone() for item in value)
+    return result
+
+
+def _decode(
+    runner: Runner,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+) -> Tensor | EarlyExitOutput:
     pad = generation_config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)

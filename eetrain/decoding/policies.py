@@ -46,7 +46,7 @@ class Policy(ABC):
     Attributes:
         repair: what becomes of keys and values of blocks a token did not run. ``recompute``: the token waits and
             is taken along when a later one goes deeper (EE-LLM, arXiv 2312.04916); ``propagate``: they are
-            projected at once from the state it left with (CALM, arXiv 2207.07061).
+            projected from the state it left with (CALM, arXiv 2207.07061), when a later token goes that deep.
         cap: under ``recompute``, how many tokens of a row may wait before one must run all blocks.
         ends_at_exit: a route that ends at the last block uses an exit there, if the model has one.
     """

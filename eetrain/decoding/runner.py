@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from eetrain.backbones import Harvest, Harvester, call_block
+from eetrain.backbones import Call, Harvest, Harvester, call_block
 from eetrain.decoding.cache import KeysStoredError, SlotCache, Window
 from eetrain.decoding.confidence import Evidence
 from eetrain.decoding.policies import Policy
@@ -47,7 +47,8 @@ class Runner:
         position_ids: ``[B, T]`` or ``None`` for ``0..T-1``.
 
     Attributes:
-        block_calls: (block, row, slot) triples computed so far for generated tokens, repair included.
+        block_calls: (block, row, slot) triples run so far for generated tokens, recomputation included
+            (propagation runs a fraction of a block and is not counted).
     """
 
     def __init__(
@@ -96,20 +97,21 @@ class Runner:
         depth = tokens.new_zeros(len(self.ids))
         current: _Current | None = None
         for start, bound in pairwise((0, *self.route.boundaries)):
+            if self.policy.repair == "propagate":
+                self._fill(start, bound, running)
             current = self._enter(bound, running, current)
             state_RWD, previous_RD = self._run(current, start, bound)
             leaving, scores_RV = self._test(bound, current.harvest, state_RWD, previous_RD, running)
-            if scores_RV is not None:
-                rows = torch.tensor([running[place] for place in leaving], device=tokens.device)
-                logits = _scatter(logits, rows, scores_RV, len(self.ids))
-                depth[rows] = bound
-                if bound < self.route.end and self.policy.repair == "propagate":
-                    self._propagate(bound, rows.tolist(), state_RWD[leaving, -1:])
+            if scores_RV is None:
+                current = replace(current, state_RWD=state_RWD)
+                continue
+            rows = [running[place] for place in leaving]
+            logits, depth = _place(logits, depth, rows, scores_RV, bound)
             staying = sorted(set(range(len(running))) - set(leaving))
             if not staying:
                 break
             running = [running[place] for place in staying]
-            current = replace(current, state_RWD=state_RWD[staying] if leaving else state_RWD)
+            current = replace(current, state_RWD=state_RWD[staying])
         assert logits is not None
         return logits, depth
 
@@ -128,9 +130,9 @@ class Runner:
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.ids), 1)], dim=1)
 
-    def _window(self, bound: int, running: list[int]) -> Window:
-        """The slots that some running row still lacks at ``bound``."""
-        last = self.ids.shape[1]
+    def _window(self, bound: int, running: list[int], last: int | None = None) -> Window:
+        """The slots that some running row still lacks at ``bound``, up to the newest or to ``last``."""
+        last = self.ids.shape[1] if last is None else last
         lengths = [self.reached[bound][row] for row in running]
         first = min(lengths)
         rows = None if len(running) == len(self.ids) else torch.tensor(running, device=self.ids.device)
@@ -172,7 +174,7 @@ class Runner:
         for row in range(len(self.ids)) if window.rows is None else window.rows.tolist():
             self.block_calls += (bound - start) * (window.last - self.reached[bound][row])
             self.reached[bound][row] = window.last
-        if bound < self.route.end and self.policy.repair == "recompute":
+        if bound < self.route.end:
             self._keep_waiting(after, window)
         return after, previous_RD
 
@@ -197,7 +199,7 @@ class Runner:
     def _test(
         self, bound: int, harvest: Harvest, state_RWD: Tensor, previous_RD: Tensor, running: list[int]
     ) -> tuple[list[int], Tensor | None]:
-        """Places in ``running`` that stop here, and their logits; at the route's end all that are left."""
+        """Places in ``running`` that stop here, and their logits or ``None``; at the route's end all that are left."""
         if bound == self.route.end:
             return list(range(len(running))), self._logits(bound, harvest, state_RWD)
         features = self._features(bound, harvest, state_RWD)
@@ -230,27 +232,29 @@ class Runner:
     def _ends_at_exit(self, layer: int) -> bool:
         return self.policy.ends_at_exit and layer in self.model.exit_layers
 
-    def _propagate(self, bound: int, rows: list[int], state_R1D: Tensor) -> None:
-        """Write the keys and values that the blocks after ``bound`` would lack, from the state a row left with."""
-        last = self.ids.shape[1]
-        index = None if len(rows) == len(self.ids) else torch.tensor(rows, device=self.ids.device)
-        window = Window(last - 1, last, index, store_only=True)
-        harvest = self._harvest(window)
-        for block in range(bound + 1, self.route.end + 1):
-            _store(self.harvester.blocks[block - 1], state_R1D, harvest.calls[block - 1])
-        for layer in self.route.exits:
-            head = self.model.head(layer)
-            if layer > bound and head.attends:
-                assert head.inner is not None
-                _store(head.inner, state_R1D, self.model.head_call(layer, harvest))
-        for later in self.route.boundaries:
-            for row in rows:
-                self.reached[later][row] = last
+    def _fill(self, start: int, bound: int, running: list[int]) -> None:
+        """Project keys and values of blocks ``start+1..bound`` for tokens that left earlier, from their last state.
+
+        This waits until a row goes that deep again: one call then serves all its waiting tokens.
+        """
+        window = self._window(bound, running, last=self.ids.shape[1] - 1)
+        if window.first == window.last:
+            return
+        window = replace(window, store_only=True)
+        harvest, state_RWD = self._harvest(window), self._waiting(window)
+        for number in range(start + 1, bound + 1):
+            _store(self.harvester.blocks[number - 1], state_RWD, harvest.calls[number - 1])
+        if bound < self.route.end and self.model.head(bound).attends:
+            inner = self.model.head(bound).inner
+            assert inner is not None
+            _store(inner, state_RWD, self.model.head_call(bound, harvest))
+        for row in running:
+            self.reached[bound][row] = window.last
 
 
-def _store(block: nn.Module, state_R1D: Tensor, call: object) -> None:
+def _store(block: nn.Module, state_RWD: Tensor, call: Call) -> None:
     try:
-        call_block(block, state_R1D, call)  # type: ignore[arg-type]
+        call_block(block, state_RWD, call)
     except KeysStoredError:
         return
     raise UnsupportedModelError(
@@ -267,10 +271,13 @@ def _same(one: Window, two: Window) -> bool:
     return len(one.rows) == len(two.rows)  # rows only ever leave
 
 
-def _scatter(logits: Tensor | None, rows: Tensor, scores_RV: Tensor, num_rows: int) -> Tensor:
-    if len(rows) == num_rows:
-        return scores_RV
+def _place(
+    logits: Tensor | None, depth: Tensor, rows: list[int], scores_RV: Tensor, bound: int
+) -> tuple[Tensor, Tensor]:
+    """Enter the results of the rows that stop at ``bound`` into those of all rows."""
+    if len(rows) == len(depth):
+        return scores_RV, torch.full_like(depth, bound)
     if logits is None:
-        logits = scores_RV.new_zeros(num_rows, scores_RV.shape[-1])
-    logits[rows] = scores_RV
-    return logits
+        logits = scores_RV.new_zeros(len(depth), scores_RV.shape[-1])
+    logits[rows], depth[rows] = scores_RV, bound
+    return logits, depth

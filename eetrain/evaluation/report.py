@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eetrain.errors import ConfigError
 from eetrain.evaluation.agreement import DepthScore
 from eetrain.evaluation.depth import summarise_depths
 from eetrain.evaluation.frontier import FrontierPoint, draw_frontier
+from eetrain.evaluation.outputs import Outputs
 from eetrain.evaluation.quality import bleu, exact_match
 from eetrain.evaluation.samples import Sample
-
-if TYPE_CHECKING:
-    from eetrain.evaluation.runner import Outputs
 
 FORMAT = 1
 

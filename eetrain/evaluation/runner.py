@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from eetrain.errors import ConfigError
 from eetrain.evaluation.agreement import DepthScore, teacher_forced
 from eetrain.evaluation.batches import generate_options, left_padded
 from eetrain.evaluation.environment import environment
+from eetrain.evaluation.outputs import Outputs
 from eetrain.evaluation.report import Report, exit_row, policy_row
 from eetrain.evaluation.samples import Sample
 from eetrain.evaluation.timing import Timing, timed_generate
@@ -50,23 +51,6 @@ class EvaluationSettings:
     def all_policies(self) -> tuple[str, ...]:
         """Each policy once, ``never`` first."""
         return tuple(dict.fromkeys((REFERENCE, *(str(parse_policy(policy)) for policy in self.policies))))
-
-
-@dataclass
-class Outputs:
-    """What one policy generated.
-
-    Attributes:
-        tokens: new ids of every prompt, up to and with its end.
-        depths: of these tokens.
-        block_calls: blocks times positions after the prompts, repair included.
-        timings: one sum over all prompts a timed pass.
-    """
-
-    tokens: list[list[int]] = field(default_factory=list)
-    depths: list[list[int]] = field(default_factory=list)
-    block_calls: int = 0
-    timings: list[Timing] = field(default_factory=list)
 
 
 def evaluate_policies(

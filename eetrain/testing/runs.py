@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eetrain.testing.tiny import tiny_model
 
-WORDS = "the cat sat on a mat and dog ran to big red house with blue door under old tree by river".split()
+TEXT = "the cat sat on a mat and dog ran to big red house with blue door under old tree by river"
+WORDS = TEXT.split()
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 

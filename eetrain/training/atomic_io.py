@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
         except (OSError, RuntimeError) as error:
             # torch reports a failed write of its zip archive as RuntimeError.
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
             whole = " The previous checkpoint is whole." if target.exists() else ""
             raise CheckpointError(
                 f"The checkpoint {target} could not be written: {_reason(error)}.{whole}",
                 hint="Free space on that disk or set another folder with --run, then resume with --ckpt_path last.",
             ) from error
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            _discard(temporary)
             raise
+
+
+def _discard(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
 
 
 def _reason(error: BaseException) -> str:

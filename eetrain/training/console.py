@@ -30,6 +30,7 @@ _CHATTY_LOGGERS = (
 _IDLE_WARNINGS = (
     ".*LeafSpec.*",
     ".*The dirpath has changed from.*",
+    r".*module\(s\) in eval mode at the start.*",
     ".*does not have many workers.*",
     ".*args parameter is intended to run from within.*",
 )
@@ -57,16 +58,21 @@ def show_exits(title: str, scores: Mapping[str, float]) -> None:
     sys.stderr.write("\n".join([title, *lines, ""]))
 
 
+def tell(trainer: Trainer, text: str) -> None:
+    """Write a line to stderr, from one process only."""
+    if trainer.is_global_zero:
+        sys.stderr.write(text + "\n")
+
+
 class ExitTable(Callback):
     """Show the table of exits at the end of fit, validate and test, once per run and not per process."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""
-        if trainer.is_global_zero:
-            counts = [p.numel() * p.requires_grad for p in pl_module.parameters()]
-            total = sum(p.numel() for p in pl_module.parameters())
-            layers = ", ".join(map(str, pl_module.settings.exits.layers or [])) or "no block"
-            sys.stderr.write(f"Training {sum(counts):,} of {total:,} parameters; exits after {layers}.\n")
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
+        trained, total = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+        layers = ", ".join(map(str, pl_module.settings.exits.layers or [])) or "no block"
+        tell(trainer, f"Training {trained:,} of {total:,} parameters; exits after {layers}.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the last validation, if nothing was trained after it."""

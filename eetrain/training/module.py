@@ -258,10 +258,11 @@ class EarlyExitModule(LightningModule):
     @torch.no_grad()
     def _over_processes(self, batch: Batch, result: ObjectiveOutput) -> tuple[Tensor | float, dict[str, Tensor]]:
         """The factor that makes averaged gradients those of the mean over all tokens, and means of what is logged."""
-        scored = (shift_labels(batch["labels"]) != IGNORE_INDEX).sum().float()
-        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().float()
+        dtype = result.total.dtype
+        scored = (shift_labels(batch["labels"]) != IGNORE_INDEX).sum().to(dtype)
+        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().to(dtype)
         values = {"loss": result.total, **result.terms}
-        means = torch.stack([value.detach().float() for value in values.values()])
+        means = torch.stack([value.detach().to(dtype) for value in values.values()])
         if self.trainer.world_size == 1:
             self._count(seen)
             return 1.0, dict(zip(values, means, strict=True))
@@ -289,4 +290,5 @@ class EarlyExitModule(LightningModule):
             return
         self.scores[stage] = {name: float(value) for name, value in values.items()}
         self.scored_at = self.global_step
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()})
+        # The values are those of all processes already; averaging them once more keeps Lightning from warning.
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()}, sync_dist=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+
+from eetrain.training.console import tell
 
 
 class SaveBeforeStopping(Callback):
@@ -51,7 +52,7 @@ class SaveBeforeStopping(Callback):
         """Give Ctrl-C back, and say how to go on."""
         self._restore()
         if isinstance(exception, KeyboardInterrupt) and self.path.exists():
-            rank_zero_info(f"Stopped; {self.path} is whole. Resume with the same command and --ckpt_path last.")
+            tell(trainer, f"Stopped; {self.path} is whole. Resume with the same command and --ckpt_path last.")
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.checkpoint_callbacks:

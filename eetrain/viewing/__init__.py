@@ -3,7 +3,7 @@
 from eetrain.viewing.detokenize import Detokenizer, decoded_text, token_texts
 from eetrain.viewing.html import html_page
 from eetrain.viewing.palette import Colour, depth_colour
-from eetrain.viewing.terminal import legend, render_tokens
+from eetrain.viewing.terminal import legend, render_tokens, visible
 from eetrain.viewing.tokens import DepthShare, Generation, Token, depth_shares, mean_depth
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "mean_depth",
     "render_tokens",
     "token_texts",
+    "visible",
 ]

@@ -7,7 +7,7 @@ Shape suffixes: B rows, T positions, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -33,9 +33,9 @@ def close(family: str) -> dict[str, float]:
     return {"rtol": 0, "atol": 1e-10} if dtype_of(family) == torch.float64 else {"rtol": 1e-4, "atol": 2e-5}
 
 
-@lru_cache(maxsize=None)
+@cache
 def backbone(family: str):
-    return tiny_model(family, dtype=dtype_of(family))
+    return tiny_model(family, dtype=dtype_of(family), eos_token_id=None)
 
 
 def perturb(module: nn.Module, seed: int = 5) -> None:
@@ -47,7 +47,7 @@ def perturb(module: nn.Module, seed: int = 5) -> None:
             parameter.add_((0.2 * noise).to(parameter.dtype))
 
 
-@lru_cache(maxsize=None)
+@cache
 def multi_exit(family: str, head: str = "norm", layers: tuple[int, ...] = (1, 2, 3)) -> MultiExitModel:
     model = MultiExitModel(backbone(family), ExitConfig(layers=list(layers), head=head)).eval()
     perturb(model.exits)
@@ -166,6 +166,21 @@ def expected_depths(confidence: dict[int, torch.Tensor], threshold: float, full:
             else:
                 waiting = 0
     return depth
+
+
+def mixing_threshold(confidence: dict[int, torch.Tensor], full: int, cap: int = 100, start: float = 0.6) -> float:
+    """A threshold near the quantile ``start`` under which rows have unequal depths in some step."""
+    values = torch.stack([confidence[layer] for layer in confidence])
+    for quantile in (start, 0.5, 0.7, 0.4, 0.8, 0.3, 0.9):
+        threshold = between(values, quantile)
+        if mixed(expected_depths(confidence, threshold, full, cap)):
+            return threshold
+    raise AssertionError("no threshold mixes depths: choose other ids")
+
+
+def mixed(depth_BS: torch.Tensor) -> bool:
+    """Whether some step has rows of unequal depth."""
+    return any(len(column.unique()) > 1 for column in depth_BS.T)
 
 
 def emitted(logits: dict[int, torch.Tensor], depth_BS: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,7 @@ NEW = 6
 def generated(model, data, **options):
     ids, mask, _ = data.until(data.prompt)
     wanted = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
-    return model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, **wanted, **options
-    )
+    return model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, **wanted, **options)
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -48,7 +46,10 @@ def test_never_in_one_unpadded_row_equals_generate_bitwise(family):
 
 
 def slides(plain) -> bool:
-    return "sliding_attention" in (getattr(plain.config, "layer_types", None) or ()) or plain.config.model_type == "mistral"
+    return (
+        "sliding_attention" in (getattr(plain.config, "layer_types", None) or ())
+        or plain.config.model_type == "mistral"
+    )
 
 
 def check_equal(got, want, bitwise: bool) -> None:

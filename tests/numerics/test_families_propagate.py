@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families_support import ALL, between, close, confidences, drive, multi_exit, sequences
+from families_support import ALL, close, confidences, drive, mixed, mixing_threshold, multi_exit, sequences
 from transformers import DynamicCache
 
 from eetrain.backbones import Harvester, blocks_of
@@ -58,31 +58,32 @@ class Truth:
         return MEASURES[measure](Evidence(layer, after, before, lambda: self.logits[layer][:, slot]))
 
 
-def run_and_truth(family, head, measure="max", quantile=0.6):
+def run_and_truth(family, head, measure="max"):
     model, data = multi_exit(family, head), sequences()
     sure = confidences(model, data, measure)
-    threshold = between(torch.stack([sure[layer] for layer in sure]), quantile)
-    run = drive(model, Threshold(threshold, repair="propagate", measure=measure), data)
+    threshold = mixing_threshold(sure, model.num_blocks)
+    held = CacheCheck(model, data)
+    run = drive(model, Threshold(threshold, repair="propagate", measure=measure), data, held)
     depth_BT = torch.full_like(data.ids_BT, model.num_blocks)
     depth_BT[:, data.prompt :] = run.depth_BS[:, 1:]
-    return model, data, run, Truth(model, data, depth_BT), threshold
+    return model, data, run, Truth(model, data, depth_BT), threshold, held
 
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("head", ["tied", "norm", "mlp", "block"])
 def test_logits_decisions_and_cache_equal_the_masked_forward(family, head):
-    model, data, run, truth, threshold = run_and_truth(family, head)
-    assert any(len(column.unique()) > 1 for column in run.depth_BS.T), "no step has rows of unequal depth"
+    model, data, run, truth, threshold, held = run_and_truth(family, head)
+    assert mixed(run.depth_BS), "no step has rows of unequal depth"
     check_logits(data, run, truth, family)
     check_decisions(model, data, run, truth, threshold, "max")
-    check_cache(model, data, run, truth, family)
+    held.compare(truth, family)
     assert run.runner.block_calls == int(run.depth_BS[:, 1:].sum())
 
 
 @pytest.mark.parametrize("measure", ["margin", "entropy", "saturation"])
 def test_every_measure(measure):
-    model, data, run, truth, threshold = run_and_truth("llama", "norm", measure)
-    assert any(len(column.unique()) > 1 for column in run.depth_BS.T)
+    model, data, run, truth, threshold, _ = run_and_truth("llama", "norm", measure)
+    assert mixed(run.depth_BS)
     check_logits(data, run, truth, "llama")
     check_decisions(model, data, run, truth, threshold, measure)
 
@@ -103,18 +104,36 @@ def check_decisions(model, data, run, truth, threshold, measure):
                     assert (float(sure[row]) > threshold) == (layer == depth)
 
 
-def check_cache(model, data, run, truth, family):
-    slots = data.ids_BT.shape[1]
-    assert all(lengths == [slots] * len(data.ids_BT) for lengths in run.runner.reached.values())
-    real = data.mask_BT.bool()
-    for mine, theirs in zip(run.runner.cache.layers[: model.num_blocks], truth.cache.layers, strict=True):
-        for ours, full in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-            got, want = (tensor[:, :, :slots].transpose(1, 2)[real] for tensor in (ours, full))
-            torch.testing.assert_close(got, want, **close(family))
+class CacheCheck:
+    """Copies of what the runner says is present, after every step; compared when the truth is known."""
+
+    def __init__(self, model, data) -> None:
+        self.model, self.data = model, data
+        self.seen: list[tuple[int, int, int, torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, runner) -> None:
+        bounds = runner.route.boundaries
+        for row in range(len(runner.ids)):
+            lengths = [runner.reached[bound][row] for bound in bounds]
+            assert lengths == sorted(lengths, reverse=True), "a deeper block holds more than a shallower one"
+            assert lengths[0] == runner.ids.shape[1], "every token runs the first range"
+        for block in range(1, self.model.num_blocks + 1):
+            bound = min(bound for bound in bounds if bound >= block)
+            layer = runner.cache.layers[block - 1]
+            for row, present in enumerate(runner.reached[bound]):
+                held = (tensor[row, :, :present].clone() for tensor in (layer.keys, layer.values))
+                self.seen.append((block, row, present, *held))
+
+    def compare(self, truth, family) -> None:
+        for block, row, present, keys, values in self.seen:
+            real = self.data.mask_BT[row, :present].bool()
+            layer = truth.cache.layers[block - 1]
+            for got, full in ((keys, layer.keys), (values, layer.values)):
+                torch.testing.assert_close(got[:, real], full[row, :, :present][:, real], **close(family))
 
 
 def test_the_repairs_differ():
     """Else the tests above could not tell propagation from recomputation."""
-    model, data, run, _, threshold = run_and_truth("llama", "norm")
+    model, data, run, _, threshold, _ = run_and_truth("llama", "norm")
     exact = drive(model, Threshold(threshold, cap=100), data)
     assert not torch.allclose(exact.logits_BSV, run.logits_BSV, atol=1e-3)

@@ -7,20 +7,23 @@ import torch
 from families_support import (
     ALL,
     Sequences,
-    between,
     close,
     confidences,
     drive,
     emitted,
     expected_depths,
+    mixed,
+    mixing_threshold,
     multi_exit,
     sequences,
     teacher_forced,
 )
 from transformers import DynamicCache
 
+from eetrain import ExitConfig, MultiExitModel
 from eetrain.decoding import Threshold
 from eetrain.decoding.confidence import MEASURES
+from eetrain.testing.tiny import tiny_model
 
 HEADS = ("tied", "norm", "mlp", "block")
 
@@ -29,11 +32,10 @@ def check(family: str, head: str, cap: int, measure: str = "max", quantile: floa
     """Run with a threshold that mixes depths, compare decisions and logits; return the depths."""
     model, data = multi_exit(family, head), sequences()
     sure = confidences(model, data, measure)
-    threshold = between(torch.stack([sure[layer] for layer in sure]), quantile)
+    threshold = mixing_threshold(sure, 4, cap, quantile)
     run = drive(model, Threshold(threshold, cap=cap, measure=measure), data)
     assert run.depth_BS.tolist() == expected_depths(sure, threshold, 4, cap).tolist()
-    mixed = [column for column in run.depth_BS.T if len(column.unique()) > 1]
-    assert mixed, "no step has rows of unequal depth: the test would show nothing"
+    assert mixed(run.depth_BS), "no step has rows of unequal depth: the test would show nothing"
     want = emitted(teacher_forced(model, data), run.depth_BS)
     torch.testing.assert_close(run.logits_BSV, want, **close(family))
     waiting = run.depth_BS[:, 1:].flip(1).cummax(1).values  # a token runs as deep as the deepest one from it on
@@ -111,7 +113,7 @@ class CacheCheck:
 def test_cache_after_every_step_is_that_of_one_full_forward(family, cap):
     model, data = multi_exit(family), sequences()
     sure = confidences(model, data)
-    threshold = between(torch.stack([sure[layer] for layer in sure]), 0.5)
+    threshold = mixing_threshold(sure, 4, start=0.5)
     compare = CacheCheck(model, data, close(family))
     run = drive(model, Threshold(threshold, cap=cap), data, compare)
     assert compare.ragged > 3, "no step left keys and values missing: the test would show nothing"
@@ -132,13 +134,10 @@ def test_without_exits_the_cache_is_whole_after_every_step(family):
 def test_prompts_and_tokens_far_beyond_the_window_and_the_first_buffers():
     """100 tokens: buffers grow, windows of 8 slide on, waiting states outlive their first buffer."""
     for family in ("gemma3_text", "mistral"):
-        from eetrain import ExitConfig, MultiExitModel
-        from eetrain.testing.tiny import tiny_model
-
         model = MultiExitModel(tiny_model(family, max_position_embeddings=256), ExitConfig(layers=[1, 3], head="block"))
         data = sequences(lengths=(3, 2), steps=100)
         sure = confidences(model, data)
-        threshold = between(torch.stack([sure[layer] for layer in sure]), 0.5)
+        threshold = mixing_threshold(sure, 4, start=0.5)
         run = drive(model, Threshold(threshold, cap=20), data)
         assert run.depth_BS.tolist() == expected_depths(sure, threshold, 4, 20).tolist()
         want = emitted(teacher_forced(model, data), run.depth_BS)

@@ -52,7 +52,7 @@ def test_groups_decay_matrices_only_and_scale_the_rate_of_exits():
 
 
 def test_nothing_to_train_is_refused():
-    with pytest.raises(ConfigError, match="nothing to train.*HINT: Set model.exits.head to norm"):
+    with pytest.raises(ConfigError, match=r"nothing to train.*HINT: Set model.exits.head to norm"):
         parameter_groups([("model.backbone.x", nn.Parameter(torch.zeros(1), requires_grad=False))], OptimizerConfig())
 
 
@@ -79,6 +79,6 @@ def test_schedule_steps_override_the_length_of_the_run():
 
 def test_an_endless_run_has_no_schedule():
     config = OptimizerConfig(schedule="cosine")
-    with pytest.raises(ConfigError, match="schedule=cosine .* the run has no end.*trainer.max_steps"):
+    with pytest.raises(ConfigError, match=r"schedule=cosine .* the run has no end.*trainer.max_steps"):
         build_schedule(build_adamw(named_parameters(), config), config, math.inf)
     assert rates(OptimizerConfig(lr=1.0, warmup_steps=2), math.inf, 3) == [0.5, 1.0, 1.0]

@@ -37,7 +37,7 @@ EXITS = ExitConfig(layers=[1])
     ],
 )
 def test_contradictions_are_refused(build, text):
-    with pytest.raises(ConfigError, match="HINT: .+") as caught:
+    with pytest.raises(ConfigError, match=r"HINT: .+") as caught:
         build()
     assert text in str(caught.value)
 

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eetrain.commands import doctor as doctor_module
+from eetrain.commands import recipes
+from eetrain.commands.doctor import check_version, doctor
+from eetrain.commands.ls import ls
+from eetrain.commands.recipes import RecipeHeader, read_header
+from eetrain.errors import ConfigError
+
+GOOD = """# purpose: train two exits
+#   and the backbone
+# A free remark.
+#   Not part of anything.
+# command: eetrain fit -c a.yaml \\
+#   --trainer.max_steps 5
+# hardware: 2 CPU cores
+# minutes: 9
+# expected: BLEU 68, NLL: 1.2
+model: x
+# paper: too late, the header has ended
+"""
+
+
+def test_header_entries_and_their_continuations(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(GOOD)
+    assert read_header(path) == RecipeHeader(
+        purpose="train two exits and the backbone",
+        command="eetrain fit -c a.yaml --trainer.max_steps 5",
+        hardware="2 CPU cores",
+        minutes="9",
+        expected="BLEU 68, NLL: 1.2",
+        paper=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: x\n", r"lacks purpose, command, hardware, minutes, expected\. HINT: Start the file with .*# purpose:"),
+        (GOOD.replace("# minutes: 9\n", "# minutes:\n"), r"a\.yaml: the header lacks minutes\."),
+        ("# purpose: again\n" + GOOD, r"the header has purpose twice"),
+    ],
+)
+def test_faulty_headers(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_header(path)
+
+
+def test_ls_looks_into_subfolders_and_marks_faulty_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "good.yaml").write_text(GOOD)
+    (tmp_path / "bad.yaml").write_text("model: x\n")
+    assert ls(str(tmp_path), json=True) == 0
+    captured = capsys.readouterr().out
+    assert captured.count("\n") == 1
+    bad, good = json.loads(captured)["recipes"]
+    assert bad["name"] == "bad"
+    assert "lacks purpose" in bad["error"]
+    assert (good["name"], good["error"], good["expected"]) == ("sub/good", None, "BLEU 68, NLL: 1.2")
+    assert ls(str(tmp_path)) == 0
+    table = capsys.readouterr().out
+    assert "sub/good" in table
+    assert "ERROR: " in table
+
+
+def test_ls_without_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"There are no recipes in .* HINT: Name a folder"):
+        ls(str(tmp_path))
+    with pytest.raises(ConfigError, match="There is no folder"):
+        ls(str(tmp_path / "missing"))
+    package = tmp_path / "site-packages" / "eetrain" / "__init__.py"
+    monkeypatch.setattr(recipes.eetrain, "__file__", str(package))
+    with pytest.raises(ConfigError, match=r"installed without its recipes\. HINT: They come with the repository"):
+        ls()
+
+
+def test_doctor_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = doctor(json=True)
+    captured = capsys.readouterr().out
+    assert captured.count("\n") == 1
+    found = json.loads(captured)
+    checks = {check["name"]: check for check in found["checks"]}
+    assert status == (0 if found["ready"] else 1)
+    assert found["ready"] == all(check["state"] != "error" for check in found["checks"])
+    assert checks["torch"]["found"] == torch.__version__
+    assert checks["writing"] == {"name": "writing", "found": str(tmp_path), "state": "ok", "hint": ""}
+    assert {"python", "lightning", "transformers", "deepspeed", "wandb", "cuda", "cores", "memory", "disk"} < set(
+        checks
+    )
+    assert list(tmp_path.iterdir()) == [], "the write test leaves nothing"
+
+
+def test_doctor_fails_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.setattr(doctor_module.Path, "cwd", lambda: gone / "missing")
+    monkeypatch.setattr(doctor_module.shutil, "disk_usage", lambda _: _Usage())
+    assert doctor() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "not ready: disk, writing"
+    assert any("Run in a folder that you may write to." in line for line in lines)
+
+
+class _Usage:
+    free, total = 2**20, 2**40
+
+
+@pytest.mark.parametrize(
+    ("found", "state"), [("5.17.0", "ok"), ("5.16.9", "error"), ("6.0", "ok"), ("5.17.0+cu130", "ok"), (None, "error")]
+)
+def test_versions(found: str | None, state: str) -> None:
+    check = check_version("transformers", (5, 17), found)
+    assert check.state == state
+    assert check.hint == ("" if state == "ok" else "pip install 'transformers>=5.17'")

@@ -1,0 +1,90 @@
+"""Every command of the README runs, on a tiny model and a few rows."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from eetrain.cli import main
+from eetrain.testing.tiny import FAMILIES, tiny_model
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, flags=re.S)
+
+
+def commands(kind):
+    return [body for found, body in BLOCKS if found == kind]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a 10-block backbone, its tokenizer and two CSV files."""
+    folder = tmp_path_factory.mktemp("readme")
+    symbols = ["<pad>", "<bos>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()]
+    bpe = Tokenizer(models.BPE(vocab={symbol: place for place, symbol in enumerate(symbols)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
+    )
+    tokenizer.save_pretrained(folder / "BACKBONE")
+    import torch
+
+    model = tiny_model(
+        "llama", dtype=torch.float32, vocab_size=len(symbols), num_hidden_layers=10, max_position_embeddings=512
+    )
+    model.save_pretrained(folder / "BACKBONE")
+    for name, count in (("TRAIN.csv", 24), ("VALID.csv", 4)):
+        rows = [f'"name[Aromi {n}]","Aromi {n} is a pub."' for n in range(count)]
+        (folder / name).write_text("mr,ref\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_first_screen_names_the_two_scripts():
+    lines = commands("sh")[0].splitlines()
+    assert [line.split("#")[0].split() for line in lines] == [["sh", "recipes/quickstart.sh"], ["sh", "tests/run.sh"]]
+    for script in ("recipes/quickstart.sh", "recipes/setup.sh", "tests/run.sh", ".ci/run"):
+        assert subprocess.run(["sh", "-n", script], cwd=ROOT).returncode == 0
+
+
+def test_commands_run(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    body = commands("sh")[1].replace("\\\n", " ")
+    lines = [shlex.split(line) for line in body.splitlines() if line.strip()]
+    assert [line[1] for line in lines] == ["fit", "export", "generate", "evaluate"]
+    for _, verb, *arguments in lines:
+        arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
+        if verb == "fit":
+            arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "2"]
+        assert main([verb, *arguments]) == 0, capsys.readouterr().err
+    for written in ("exported/exit_heads.safetensors", "tokens.html", "report/frontier.png", "report/results.csv"):
+        assert (workplace / written).stat().st_size > 0
+
+
+def test_python_runs(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    (body,) = commands("python")
+    exec(compile(body, "README.md", "exec"), {})
+    assert (workplace / "OUT" / "exit_heads.safetensors").exists()
+
+
+def test_overlays_and_verbs_it_names_exist():
+    for path in re.findall(r"configs/[\w/-]+\.yaml|recipes/[\w/.-]+\.(?:yaml|png|sh)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_table_of_families_is_that_of_the_tests():
+    table = README.split("## Supported backbones")[1].split("##")[0]
+    assert set(re.findall(r"`([\w]+)`", table)) == set(FAMILIES)
+
+
+@pytest.mark.slow
+def test_quickstart_from_this_checkout():
+    done = subprocess.run(["sh", "recipes/quickstart.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("report/frontier.png", "report/results.csv", "story.html"):
+        assert (ROOT / "runs/quickstart" / name).stat().st_size > 0
