@@ -120,7 +120,12 @@ def _own(error: BaseException) -> EETrainError | None:
 
 
 def _is_users(error: BaseException) -> bool:
-    return _own(error) is not None or isinstance(error, ArgumentError | OSError) or is_argument_problem(error)
+    return (
+        _own(error) is not None
+        or isinstance(error, ArgumentError | OSError)
+        or type(error).__name__ == "MisconfigurationException"  # Lightning's, which is not imported here
+        or is_argument_problem(error)
+    )
 
 
 def _status(error: BaseException) -> int:

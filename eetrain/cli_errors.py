@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 _UNKNOWN = (
-    re.compile(r"unrecognized arguments: -*(?P<key>[^\s=]+)"),
+    re.compile(r"unrecognized arguments: --?(?P<key>[^\s=]+)"),
     re.compile(r"does not accept (?:nested key|option) '(?P<key>[^']+)'"),
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
     re.compile(r"[Kk]ey '(?P<key>[^']+)' is not expected"),
@@ -63,6 +63,8 @@ def one_line(text: str) -> str:
 
 def _unknown_key(key: str, text: str, verb: str, known: Iterable[str]) -> tuple[str, str]:
     where, names = "", list(known)
+    if key in names:
+        return f"{key!r} is given by its place, not as --{key}.", f"Write: eetrain {verb} {key.upper()} ..."
     owner = _CLASS.search(text)
     if owner:
         where, names = f" of {owner['path']}", _parameters(owner["path"])

@@ -123,6 +123,7 @@ def dissect(backbone: nn.Module) -> Anatomy:
         raise UnsupportedModelError(f"{type(model).__name__} is not a decoder-only causal language model.", hint=_HINT)
     blocks_path, blocks = _find_blocks(decoder, _text_config(model).num_hidden_layers)
     head_path = next(name for name, module in model.named_modules() if module is head)
+    _check_plain(model, head_path, head)
     trace = _trace(model, decoder_path, blocks_path, blocks, head_path)
     return Anatomy(
         decoder=decoder_path,
@@ -138,6 +139,15 @@ def dissect(backbone: nn.Module) -> Anatomy:
         scale=trace.scale,
         softcap=trace.softcap,
     )
+
+
+def _check_plain(model: nn.Module, head_path: str, head: nn.Module) -> None:
+    """Exits read the output matrix itself, so what an adapter adds to its output would be lost without a word."""
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has an adapter on its output matrix ({head_path}).",
+            hint=f"Leave {head_path} out of the adapter's modules, or merge the adapter first (merge_and_unload).",
+        )
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -203,9 +213,11 @@ def _trace(model: nn.Module, decoder_path: str, blocks_path: str, blocks: nn.Mod
     ids = torch.ones(1, 2, dtype=torch.long, device=weight.device)
     # With a cache transformers does not look for packed documents, which needs values: the meta device has none.
     takes_cache = "past_key_values" in inspect.signature(owner.forward).parameters
-    cache = {"past_key_values": DynamicCache()} if takes_cache and weight.is_meta else {}
+    extra: dict[str, Any] = {"past_key_values": DynamicCache()} if takes_cache and weight.is_meta else {}
     embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    logits = shadow(model, replaced)(inputs_embeds=embeds, use_cache=bool(cache), **cache).logits
+    if getattr(_text_config(model), "output_router_logits", False):
+        extra["output_router_logits"] = False  # routers are out of sight behind the taps
+    logits = shadow(model, replaced)(inputs_embeds=embeds, use_cache=takes_cache and weight.is_meta, **extra).logits
     _check_chain(model, taps)
     last = hidden_of(taps[-1].output)
     norm = _find_norm(others, last)

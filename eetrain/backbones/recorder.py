@@ -67,5 +67,15 @@ class Tap(Recorder):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Record, then run the block."""
         super().forward(*args, **kwargs)
-        self.__dict__["output"] = self.__dict__["block"](*args, **kwargs)
+        self.__dict__["output"] = self._run(*args, **kwargs)
         return self.__dict__["output"]
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.__dict__["block"](*args, **kwargs)
+        except RuntimeError:
+            hidden: Tensor = self.__dict__["hidden"]
+            if not hidden.is_meta:
+                raise
+            # Routers ask for values, and the meta device has none; blocks with experts return a tensor of that shape.
+            return hidden

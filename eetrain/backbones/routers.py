@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eetrain.backbones.anatomy import Anatomy, causal_lm_of, decoder_of
+from eetrain.errors import ConfigError
 
 
 def has_routers(backbone: nn.Module) -> bool:
@@ -30,14 +32,23 @@ def record_routers(backbone: nn.Module, anatomy: Anatomy, *, enabled: bool = Tru
 
     Forward hooks are on the routers inside the context only. Under activation checkpointing the recomputation runs
     outside it, so nothing is counted twice.
+
+    Raises:
+        ConfigError: reentrant checkpoints, which run blocks without autograd: the loss would have no gradient.
     """
     collected: list[Tensor] = []
+    trains = torch.is_grad_enabled()
     handles = []
     if enabled and has_routers(backbone):
         spec = _router_spec(decoder_of(backbone, anatomy))
         kind, index = (spec, 0) if isinstance(spec, type) else (spec.target_class, spec.index)
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            if trains and not torch.is_grad_enabled():
+                raise ConfigError(
+                    "The router loss gets no gradient under reentrant activation checkpointing (use_reentrant=True).",
+                    hint='gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).',
+                )
             collected.append(output[index] if isinstance(output, tuple) else output)
 
         handles = [m.register_forward_hook(keep) for m in backbone.modules() if isinstance(m, kind)]

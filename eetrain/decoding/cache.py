@@ -130,6 +130,10 @@ def _write(buffer_BHNE: Tensor, new_RHWE: Tensor, window: Window) -> Tensor:
         target = buffer_BHNE.narrow(2, first, last - first)
         target.copy_(_merge(new_RHWE, target, window.valid))
         return buffer_BHNE.narrow(2, 0, last)
+    if window.store_only:  # nobody attends, so the slots before the window need not be gathered
+        old = buffer_BHNE.narrow(2, first, last - first)[rows]
+        buffer_BHNE[rows, :, first:last] = _merge(new_RHWE, old, window.valid)
+        return buffer_BHNE
     seen = buffer_BHNE.narrow(2, 0, last)[rows]
     target = seen.narrow(2, first, last - first)
     target.copy_(_merge(new_RHWE, target, window.valid))

@@ -101,9 +101,12 @@ def _refuse(defaults: Any, kwargs: dict[str, Any]) -> None:
                 f"generate({name}=...) is not supported with exits: {what}.",
                 hint="model.causal_lm.generate runs the plain model with all of transformers' modes.",
             )
-    given = kwargs.get("generation_config") or defaults
-    for name, (allowed, why) in _REFUSED_SETTINGS.items():
-        value = kwargs.get(name, getattr(given, name, None))
+    given = kwargs.get("generation_config")
+    # Stored with a checkpoint use_cache=False is a habit of training, not a wish: tokens are the same either way.
+    settings = {name: kwargs.get(name, getattr(given or defaults, name, None)) for name in _REFUSED_SETTINGS}
+    settings["use_cache"] = kwargs.get("use_cache", getattr(given, "use_cache", None))
+    for name, value in settings.items():
+        allowed, why = _REFUSED_SETTINGS[name]
         if value not in allowed:
             raise ConfigError(
                 f"generate({name}={value!r}) is not supported with exits: {why}.",

@@ -20,6 +20,7 @@ from eetrain.backbones import (
     Projection,
     blocks_of,
     call_block,
+    causal_lm_of,
     final_norm,
     output_projection,
 )
@@ -145,20 +146,35 @@ def _mlp_of_block(backbone: nn.Module, anatomy: Anatomy, layer: int) -> nn.Modul
             f"exits.head=mlp: {type(block).__name__} has {len(names)} parts that look like attention.",
             hint="Use exits.head=norm or exits.head=block with this family.",
         )
-    tap = Tap(getattr(block, names[0]))
-    setattr(block, names[0], tap)
     example, call = _example(backbone, anatomy, layer)
+    try:
+        _silence_attention(block, names[0], example, call)
+        _drop_idle_children(block, example, call)
+    except RuntimeError as error:
+        if not example.is_meta:
+            raise
+        raise UnsupportedModelError(
+            f"exits.head=mlp runs the block once, but {type(block).__name__} needs values that the meta device lacks.",
+            hint="Load the weights first, or use another head.",
+        ) from error
+    return block
+
+
+def _silence_attention(block: nn.Module, name: str, example: Tensor, call: Call) -> None:
+    """Put nothing in the place of the attention ``name``, in the shape of what it returned."""
+    tap = Tap(getattr(block, name))
+    setattr(block, name, tap)
     with torch.no_grad():
         call_block(block, example, call)
-    setattr(block, names[0], _NoAttention(len(tap.output) if isinstance(tap.output, tuple) else None))
-    _drop_idle_children(block, example, call)
-    return block
+    setattr(block, name, _NoAttention(len(tap.output) if isinstance(tap.output, tuple) else None))
 
 
 def _example(backbone: nn.Module, anatomy: Anatomy, layer: int) -> tuple[Tensor, Call]:
     ids = torch.ones(1, 2, dtype=torch.long, device=next(backbone.parameters()).device)
     with torch.no_grad():
-        harvest = Harvester(backbone, anatomy)(ids, cache=DynamicCache() if ids.is_meta else None)
+        # Embeddings, not ids: some families look for padding among ids, which have no values on the meta device.
+        embeds = causal_lm_of(backbone).get_input_embeddings()(ids)  # type: ignore[operator]
+        harvest = Harvester(backbone, anatomy)(inputs_embeds=embeds, cache=DynamicCache() if ids.is_meta else None)
     return harvest.hidden_BTD.detach(), harvest.calls[layer - 1]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from eetrain.errors import CheckpointError
+from eetrain.errors import CheckpointError, EETrainError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,6 +48,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             _discard(temporary)
             raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; nothing in it is executed unless ``weights_only`` is false.
+
+        Raises:
+            CheckpointError: it is cut short, or holds more than tensors and plain data.
+        """
+        with reporting_unreadable(path):
+            stored: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only is not False)
+        return stored
+
+
+@contextmanager
+def reporting_unreadable(path: str | Path) -> Iterator[None]:
+    """Turn what torch raises for a file that is cut short or not its own into a CheckpointError."""
+    try:
+        yield
+    except (FileNotFoundError, EETrainError):
+        raise
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint="It is cut short or no checkpoint; use an older one of the run.",
+        ) from error
 
 
 def _discard(file: Path) -> None:

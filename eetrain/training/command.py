@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 import uuid
@@ -18,7 +19,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from eetrain.cli_errors import explain
 from eetrain.data import CausalLMDataModule
 from eetrain.errors import ConfigError
-from eetrain.training.atomic_io import AtomicCheckpointIO
+from eetrain.training.atomic_io import AtomicCheckpointIO, reporting_unreadable
 from eetrain.training.building import vocabulary_size
 from eetrain.training.console import ExitTable, hush
 from eetrain.training.module import EarlyExitModule
@@ -133,11 +134,14 @@ class RunCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add eetrain's callbacks and atomic checkpoint files."""
         config = self._get(self.config_init, "trainer")
-        callbacks = list(config.callbacks or []) if not isinstance(config.callbacks, list) else config.callbacks
-        folder = self.run_folder
-        callbacks += [ExitTable(), WritePredictions(folder)]
+        given = config.callbacks or []
+        callbacks = [*(given if isinstance(given, list) else [given]), ExitTable(), WritePredictions(self.run_folder)]
+        if config.fast_dev_run:
+            config.enable_checkpointing = False
         if config.enable_checkpointing is not False:
             callbacks.append(SaveBeforeStopping(Path(self._get(self.config, "checkpoint").dirpath)))
+        else:
+            self._parser(self.subcommand).callback_keys.clear()
         if config.enable_progress_bar is not False and sys.stderr.isatty():
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         else:
@@ -167,8 +171,10 @@ class RunCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Evaluation takes the model's settings from the checkpoint; a fit has its own, which the checkpoint must fit.
-        if self.config.subcommand != "fit":
-            super()._parse_ckpt_path()
+        path = self.config[self.config.subcommand].ckpt_path
+        if self.config.subcommand != "fit" and path is not None and Path(path).is_file():
+            with reporting_unreadable(path):
+                super()._parse_ckpt_path()
 
 
 def run(args: list[str] | None = None) -> None:
@@ -197,6 +203,8 @@ def _place_logger(logger: Any, folder: Path) -> None:
     if arguments.get("save_dir") in (None, "."):
         arguments["save_dir"] = str(folder)
     if logger.class_path.endswith("WandbLogger"):
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError("The logger needs wandb, which is not installed.", hint="pip install 'eetrain[wandb]'")
         if arguments.get("id") is None:
             arguments["id"] = wandb_id(folder)
         Path(arguments["save_dir"]).mkdir(parents=True, exist_ok=True)

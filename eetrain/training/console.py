@@ -20,6 +20,7 @@ _SMALL_TALK = (
     "HPU available:",
     "`weights_only` was not set",
     "Seed set to",
+    "Loading `train_dataloader` to",
 )
 _CHATTY_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from eetrain.objectives.linear_ce import IGNORE_INDEX
 from eetrain.objectives.objective import FULL, depth_name
 from eetrain.objectives.token_statistics import TokenStatistics
 
 NUM_BINS = 15
-IGNORE_INDEX = -100
 
 
 def _sum_dtype() -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, MultiExitModel, MultiExitOutput
 from eetrain.objectives import MultiExitCrossEntropy, Objective, ObjectiveOutput, score
-from eetrain.objectives.linear_ce import shift_labels
+from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
 from eetrain.training.building import adapt, build_model, freeze_idle, resolved_settings
 from eetrain.training.checkpoint_state import (
     check_settings,
@@ -20,7 +20,7 @@ from eetrain.training.checkpoint_state import (
     with_frozen_backbone,
     without_frozen_backbone,
 )
-from eetrain.training.metrics import IGNORE_INDEX, ExitMetrics
+from eetrain.training.metrics import ExitMetrics
 from eetrain.training.optimization import build_adamw, build_schedule
 from eetrain.training.precision import keeping_tables
 from eetrain.training.randomness import batch_seed, seed_generators

@@ -25,7 +25,6 @@ class SaveBeforeStopping(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "last.ckpt"
-        self.stopped = False
         self._asked = False
         self._previous: Any = None
 
@@ -38,7 +37,6 @@ class SaveBeforeStopping(Callback):
         """Stop here if any process was asked to."""
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             self._save(trainer)
-            self.stopped = True
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -111,6 +111,41 @@ def test_a_missing_backbone_is_a_failure(base, tmp_path, capsys):
     assert "config.json" in hinted
 
 
+def test_a_checkpoint_that_cannot_be_written_is_a_failure(base, tmp_path, capsys):
+    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    status, said, hinted = error_of(capsys, "fit", "-c", base, "--run", tmp_path, "--trainer.max_steps", 1)
+    assert status == 1
+    assert said.startswith(f"The checkpoint {tmp_path}/checkpoints/last.ckpt could not be written: Is a directory.")
+    assert "--ckpt_path last" in hinted
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_checkpoint_that_cannot_be_read_is_a_failure(base, tmp_path, capsys, verb):
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"PK\x03\x04 cut short")
+    status, said, hinted = error_of(capsys, verb, "-c", base, "--ckpt_path", broken)
+    assert (status, hinted) == (1, "It is cut short or no checkpoint; use an older one of the run.")
+    assert said.startswith(f"{broken} cannot be read: ")
+
+
+def test_a_missing_checkpoint_is_bad_use(base, tmp_path, capsys):
+    status, said, _ = error_of(capsys, "fit", "-c", base, "--ckpt_path", tmp_path / "gone.ckpt")
+    assert status == 2
+    assert "gone.ckpt" in said
+
+
+def test_settings_of_the_trainer_that_contradict_each_other(base, capsys):
+    status, said, _ = error_of(capsys, "fit", "-c", base, "--trainer.gradient_clip_algorithm", "nope")
+    assert status == 2
+    assert "nope" in said
+
+
+@pytest.mark.parametrize("setting", ["--trainer.fast_dev_run=true", "--trainer.enable_checkpointing=false"])
+def test_a_trial_run_writes_no_checkpoint(base, tmp_path, setting):
+    assert main(["fit", "-c", str(base), "--run", str(tmp_path), "--trainer.max_steps=1", setting]) == 0
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
 def test_debug_shows_the_traceback(base, monkeypatch):
     from eetrain.errors import ConfigError
 

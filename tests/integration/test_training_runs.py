@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning
@@ -83,6 +85,22 @@ def test_dropout_is_on_in_training_and_follows_the_seed(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
+def test_two_processes_from_the_command_line_resume_bitwise(tmp_path):
+    base = write_run(tmp_path, "gpt2")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"resid_pdrop": 0.3}))
+    ddp = ["-c", CONFIGS / "strategy" / "ddp.yaml", "--trainer.devices", 2, "--trainer.limit_val_batches", 0]
+    kept = ["--checkpoint.every_n_train_steps", 2, "--checkpoint.save_top_k", -1, "--checkpoint.filename", "{step}"]
+    again = ["--run", tmp_path / "again", "--ckpt_path", tmp_path / "run" / "checkpoints" / "step=2.ckpt"]
+    for extra in ([], again):
+        words = map(str, ["fit", "-c", base, *ddp, *kept, *extra])
+        subprocess.run([sys.executable, "-m", "eetrain", *words], check=True, capture_output=True, timeout=120)
+    whole, resumed = (load(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("run", "again"))
+    for part in ("state_dict", "optimizer_states", "global_step", "eetrain", "CausalLMDataModule"):
+        assert_same(whole[part], resumed[part], part)
+
+
 class PressCtrlC(Callback):
     """Press Ctrl-C in the middle of the third step."""
 
@@ -94,7 +112,7 @@ class PressCtrlC(Callback):
 def test_ctrl_c_saves_whole_steps_and_says_how_to_resume(tmp_path, capfd):
     base = write_run(tmp_path)
     handler = signal.getsignal(signal.SIGINT)
-    pressed = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.PressCtrlC"}])]
+    pressed = ["--trainer.callbacks", json.dumps({"class_path": f"{__name__}.PressCtrlC"})]
     try:
         assert fit(base, "--trainer.max_steps", 5, *pressed) == 1
     finally:
