@@ -25,7 +25,7 @@ VERBS = {
     "evaluate": "measure quality against depth of an exported checkpoint",
     "export": "write a run as a Hugging Face folder",
     "doctor": "check this machine and installation",
-    "ls": "list runs and their state",
+    "ls": "list recipes with their hardware and minutes",
 }
 RUN_VERBS = ("fit", "validate", "test", "predict")
 
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when transformers is imported
     if not given or given[0] in ("-h", "--help"):
         sys.stdout.write(overview())
         return OK
@@ -85,10 +87,14 @@ def _run(given: list[str], *, from_process: bool) -> int:
 
 
 def with_flags(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:
-    """``--json`` for ``--json true``, and likewise for every parameter of ``command`` that is false by default."""
-    flags = {f"--{name}" for name, p in inspect.signature(command).parameters.items() if p.default is False}
+    """Spell settings out: ``--json`` is ``--json true`` where false is the default, ``--top-p`` is ``--top_p``."""
+    parameters = inspect.signature(command).parameters
+    flags = {f"--{name}" for name, parameter in parameters.items() if parameter.default is False}
     spelled: list[str] = []
-    for place, argument in enumerate(arguments):
+    for place, given in enumerate(arguments):
+        name, equals, value = given.partition("=")
+        underscored = name.removeprefix("--").replace("-", "_")
+        argument = f"--{underscored}{equals}{value}" if given.startswith("--") and underscored in parameters else given
         spelled.append(argument)
         following = arguments[place + 1] if place + 1 < len(arguments) else ""
         if argument in flags and following.lower() not in ("true", "false"):

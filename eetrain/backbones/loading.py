@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from eetrain.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -47,7 +49,7 @@ def load_backbone(
     """Load a causal LM from safetensors, in eval mode.
 
     Args:
-        path: a folder or a hub id.
+        path: a folder or a hub id; a folder with an adapter instead of weights is loaded as a PEFT wrapper.
         dtype: ``auto`` keeps the stored type.
         depth: load blocks ``1..depth`` only; the rest is never read. The model then has no full depth.
         trust_remote_code: run code that comes with the checkpoint; off unless asked.
@@ -57,6 +59,10 @@ def load_backbone(
         CheckpointError: nothing there, a file cut short, weights missing.
         ConfigError: a depth outside the model.
     """
+    base = _base_of_adapter(path)
+    if base is not None:
+        under = load_backbone(base, dtype=dtype, depth=depth, trust_remote_code=trust_remote_code, **kwargs)
+        return _with_adapter(under, path)
     config = load_config(path, trust_remote_code=trust_remote_code)
     if depth is not None:
         _limit_depth(config, depth)
@@ -78,6 +84,24 @@ def load_backbone(
         )
     backbone: nn.Module = model.eval()
     return backbone
+
+
+def _base_of_adapter(path: str | Path) -> str | None:
+    """The model that the adapter in a folder belongs to; ``None`` if the folder holds weights of its own."""
+    settings = Path(path) / "adapter_config.json"
+    if not settings.exists() or any(Path(path).glob("model*.safetensors")):
+        return None
+    with _reporting_errors(path):
+        base: str = json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return base
+
+
+def _with_adapter(backbone: nn.Module, path: str | Path) -> nn.Module:
+    with _reporting_errors(path):
+        wrapped: nn.Module = PeftModel.from_pretrained(backbone, path)
+        if (Path(path) / "generation_config.json").exists():
+            backbone.generation_config = GenerationConfig.from_pretrained(path)
+    return wrapped.eval()
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:

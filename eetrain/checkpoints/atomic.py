@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from eetrain.errors import CheckpointError
 
 
@@ -29,7 +31,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         staged.mkdir(parents=True)
         yield staged
         _swap(staged, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _explained(error, target) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -47,13 +49,21 @@ def _check_replaceable(target: Path) -> None:
 def _swap(staged: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
-    os.replace(staged, target)
+    try:
+        os.replace(staged, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _explained(error: OSError, target: Path) -> CheckpointError:
+def _explained(error: OSError | SafetensorError, target: Path) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or str(error)
     hint = "Check the path and your rights to write there."
-    if error.errno == errno.ENOSPC:
+    # safetensors reports a full disk as an error of its own, with the system's text in it.
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in reason:
         hint = "The disk is full; free some space or write elsewhere. What was there before is untouched."
-    return CheckpointError(f"Cannot write {target}: {error.strerror or error}.", hint=hint)
+    return CheckpointError(f"Cannot write {target}: {reason}.", hint=hint)

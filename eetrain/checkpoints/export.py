@@ -89,9 +89,7 @@ def rebuild(stored: dict[str, Any], file: Path) -> MultiExitModel:
     settings = replace(settings, backbone=replace(settings.backbone, load="full"))
     model = build_model(settings)
     trained = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in stored["state_dict"].items()
-        if name.startswith(_PREFIX)
+        name.removeprefix(_PREFIX): tensor for name, tensor in stored["state_dict"].items() if name.startswith(_PREFIX)
     }
     _copy_into(model, trained, settings.omits_backbone, file)
     return model.eval()

@@ -44,8 +44,9 @@ def save_checkpoint(
         model: with its whole backbone loaded.
         folder: new, empty, or an older checkpoint, which is replaced.
         tokenizer: saved along.
-        exit_policy: becomes the default of ``generate``.
-        keep_adapter: with a PEFT backbone, write the adapter and refer to its base instead of merging.
+        exit_policy: becomes the default of ``generate``; one that is stored with the model stays unless given.
+        keep_adapter: with a PEFT backbone, write the adapter and refer to its base instead of merging; plain
+            ``AutoModelForCausalLM`` does not open such a folder.
         results: rows of ``eetrain evaluate`` for the model card.
 
     Raises:
@@ -56,6 +57,7 @@ def save_checkpoint(
             f"Only blocks 1..{model.num_blocks} of the backbone are loaded; a checkpoint needs all.",
             hint="Load the whole backbone (depth=None); `eetrain export` does.",
         )
+    exit_policy = exit_policy or getattr(getattr(model.causal_lm, "generation_config", None), "exit_policy", None)
     with new_folder(folder) as staged:
         _write_backbone(model.backbone, staged, keep_adapter)
         save_file(_head_tensors(model), staged / HEADS_FILE, metadata={"format": "pt"})
@@ -133,11 +135,12 @@ def _write_exits_entry(model: MultiExitModel, staged: Path) -> None:
 def _read_exits_entry(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        entry = json.loads(path.read_text(encoding="utf-8")).get("exits")
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # text that is no JSON and bytes that are no text are ValueErrors
         raise CheckpointError(
             f"{path} cannot be read: {error}.", hint="Give a folder that `eetrain export` wrote."
         ) from error
+    entry = config.get("exits") if isinstance(config, dict) else None
     if not isinstance(entry, dict) or "fingerprint" not in entry:
         raise CheckpointError(
             f"{folder} is a model without exits.",

@@ -52,9 +52,10 @@ def generate(
 ) -> Tensor | EarlyExitOutput:
     """See :meth:`eetrain.exits.MultiExitModel.generate`."""
     lm = model.causal_lm
-    policy = _policy(model, exit_policy)
+    policy = _policy(model, exit_policy, kwargs.get("generation_config"))
     _refuse(lm.generation_config, kwargs)
     _check_cacheable(model)
+    _check_prompt(lm, kwargs.get("input_ids") if inputs is None else inputs)
     kwargs["stopping_criteria"] = _stopping(lm, kwargs, tokenizer)
 
     def loop(
@@ -65,28 +66,31 @@ def generate(
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor | EarlyExitOutput:
-        _check_positions(lm, input_ids, stopping_criteria)
+        _stop_at_positions(lm, stopping_criteria)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         runner = Runner(model, policy, input_ids, mask, positions)
         return decode(runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
 
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             # transformers drops the streamer on its way to a custom loop, so the loop holds it as well.
             result: Tensor | EarlyExitOutput = lm.generate(inputs, custom_generate=loop, streamer=streamer, **kwargs)
     finally:
-        model.train(was_training)
+        # One by one: a frozen backbone may have been in eval mode while its exits were training.
+        for module, training in modes:
+            module.training = training
     return result
 
 
-def _policy(model: MultiExitModel, exit_policy: str | Policy | None) -> Policy:
-    if exit_policy is None:
-        exit_policy = getattr(model.causal_lm.generation_config, "exit_policy", None) or Never()
-    policy = parse_policy(exit_policy)
+def _policy(model: MultiExitModel, exit_policy: str | Policy | None, given: Any) -> Policy:
+    """The policy asked for, else the one in the generation config given, else the one stored with the model."""
+    stored = (getattr(config, "exit_policy", None) for config in (given, model.causal_lm.generation_config))
+    policy = parse_policy(exit_policy or next(filter(None, stored), Never()))
     route = policy.route(model.exit_layers, model.num_blocks)
-    if route.end == model.num_blocks and not model.full_depth_loaded:
+    full = route.end == model.num_blocks and not (policy.ends_at_exit and route.end in model.exit_layers)
+    if full and not model.full_depth_loaded:
         raise ConfigError(
             f"Exit policy {policy} runs the full depth, but only blocks 1..{model.num_blocks} were loaded.",
             hint="Load the whole backbone (depth=None), or use an always:l policy.",
@@ -130,6 +134,13 @@ def _stopping(lm: Any, kwargs: dict[str, Any], tokenizer: Any) -> StoppingCriter
     """The user's criteria, and stop strings, whose tokenizer transformers drops on its way to a custom loop."""
     criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
     strings = kwargs.pop("stop_strings", None)
+    for config in (kwargs.get("generation_config"), lm.generation_config):
+        stored = getattr(config, "stop_strings", None)
+        if stored is not None:
+            raise ConfigError(
+                f"stop_strings={stored!r} stand in a generation config, which has no tokenizer.",
+                hint="Take them out of it and pass generate(..., stop_strings=[...], tokenizer=tokenizer).",
+            )
     if strings is not None:
         if tokenizer is None:
             raise ConfigError(
@@ -140,17 +151,23 @@ def _stopping(lm: Any, kwargs: dict[str, Any], tokenizer: Any) -> StoppingCriter
     return criteria
 
 
-def _check_positions(lm: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList) -> None:
-    """Refuse a prompt that fills the model's positions; stop where they end."""
-    limit = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is None:
-        return
-    if input_ids.shape[1] >= limit:
+def _positions(lm: Any) -> int | None:
+    limit: int | None = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
+def _check_prompt(lm: Any, prompt: Tensor | None) -> None:
+    limit = _positions(lm)
+    if prompt is not None and limit is not None and prompt.shape[-1] >= limit:
         raise ConfigError(
-            f"The prompt has {input_ids.shape[1]} tokens, but the model has {limit} positions.",
+            f"The prompt has {prompt.shape[-1]} tokens, but the model has {limit} positions.",
             hint="Shorten the prompt, or use a model with a longer context.",
         )
-    asked = stopping_criteria.max_length
-    if asked is not None and asked > limit:
+
+
+def _stop_at_positions(lm: Any, stopping_criteria: StoppingCriteriaList) -> None:
+    """Stop where the model's positions end, with a warning if more was asked for."""
+    limit, asked = _positions(lm), stopping_criteria.max_length
+    if limit is not None and asked is not None and asked > limit:
         warnings.warn(f"{asked} tokens asked for, the model has {limit} positions: stopping there.", stacklevel=2)
         stopping_criteria.append(MaxLengthCriteria(max_length=limit))

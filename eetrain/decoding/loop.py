@@ -95,7 +95,7 @@ def _decode(
         alive = unfinished.tolist()
         if not any(alive):
             break
-        if not all(alive[row] for row in rows):
+        if ends and not all(alive[row] for row in rows):
             runner.keep([place for place, row in enumerate(rows) if alive[row]])
             rows = [row for row in rows if alive[row]]
         logits, depth = runner.step(tokens if len(rows) == len(tokens) else tokens[rows])

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -125,12 +126,14 @@ class Threshold(Policy):
     def __post_init__(self) -> None:
         _one_of("measure", self.measure, tuple(MEASURES))
         _one_of("repair", self.repair, get_args(Repair))
+        if math.isnan(self.value):
+            raise ConfigError("threshold:nan lets no token leave: nan is not a number.", hint="For example 0.9.")
         if self.cap < 1:
             raise ConfigError(f"cap={self.cap}, must be at least 1.", hint="Use never to turn exits off.")
 
     def route(self, exit_layers: Sequence[int], num_blocks: int) -> Route:
         """Tested at every exit below the full depth."""
-        wanted = tuple(exit_layers) if self.exits is None else tuple(sorted(self.exits))
+        wanted = tuple(exit_layers) if self.exits is None else tuple(sorted(set(self.exits)))
         missing = [layer for layer in wanted if layer not in exit_layers]
         inner = tuple(layer for layer in wanted if layer < num_blocks)
         if missing or not inner:
@@ -146,7 +149,8 @@ class Threshold(Policy):
         return MEASURES[self.measure](evidence) > self.value
 
     def __str__(self) -> str:
-        text = f"threshold:{self.value:g}"
+        short = f"{self.value:g}"
+        text = f"threshold:{short if float(short) == self.value else repr(self.value)}"
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default:

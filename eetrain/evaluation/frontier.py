@@ -1,34 +1,59 @@
-"""The picture: quality against the cost in blocks, and against measured speed."""
+"""The picture: quality against the cost in blocks, and against measured speed.
+
+Policies that differ in their first number only (thresholds, layers) are one series: a line, a marker and an entry of
+the legend, with the number beside each point.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MARKERS = {"never": "*", "always": "s", "threshold": "o"}
-# Okabe and Ito's palette, distinct with every kind of colour blindness.
-_COLOURS = {"never": "#000000", "always": "#e69f00", "threshold": "#0072b2"}
-_OTHER = ("D", "#009e73")
-_OFFSETS = ((8, 6), (8, -14), (-8, 6), (-8, -14), (8, 20), (-8, 20), (8, -28), (-8, -28))
+# Okabe and Ito's palette, distinct with every kind of colour blindness; markers differ as well, for print.
+_STYLES = (
+    ("#0072b2", "o"),
+    ("#e69f00", "s"),
+    ("#009e73", "D"),
+    ("#cc79a7", "^"),
+    ("#d55e00", "v"),
+    ("#56b4e9", "P"),
+    ("#777777", "X"),
+)
+_OFFSETS = ((7, 6), (7, -14), (-7, 6), (-7, -14), (7, 18), (-7, 18), (7, -26), (-7, -26))
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One policy.
+    """One policy on one model.
 
     Attributes:
         policy: its string.
         quality: higher is better.
         blocks: computed for a token on average; ``None`` if no token was decoded after a prompt.
         tokens_per_second: measured, or ``None``.
+        model: name of the checkpoint, where several are in one picture.
     """
 
     policy: str
     quality: float
     blocks: float | None
     tokens_per_second: float | None
+    model: str = ""
+
+    @property
+    def series(self) -> str:
+        """The policy without its first number, after the model's name."""
+        head, *options = self.policy.split(",")
+        kind = head.partition(":")[0]
+        named = ", ".join([kind, *options])
+        return f"{self.model}: {named}" if self.model else named
+
+    @property
+    def number(self) -> str:
+        """The policy's first number, empty for ``never``."""
+        return self.policy.split(",")[0].partition(":")[2]
 
 
 def draw_frontier(points: Sequence[FrontierPoint], path: str | Path, *, quality: str, num_blocks: int) -> None:
@@ -44,56 +69,66 @@ def draw_frontier(points: Sequence[FrontierPoint], path: str | Path, *, quality:
     from matplotlib.figure import Figure
 
     timed = any(point.tokens_per_second is not None for point in points)
-    figure = Figure(figsize=(12.5 if timed else 6.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(12.5 if timed else 7, 5.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-    costs = [(point, point.blocks) for point in points]
-    _panel(panels[0], costs, f"blocks per token, repair included (of {num_blocks})")
+    _panel(panels[0], points, lambda point: point.blocks, f"blocks per token, repair included (of {num_blocks})")
     panels[0].set_ylabel(quality, fontsize=12)
     if timed:
-        _panel(panels[1], [(point, point.tokens_per_second) for point in points], "decoded tokens per second")
+        _panel(panels[1], points, lambda point: point.tokens_per_second, "decoded tokens per second")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if timed else 2, fontsize=10, frameon=False)
     canvas.draw()
     for panel in panels:
         _label(panel, canvas.get_renderer())
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
-def _panel(axes: Any, places: Sequence[tuple[FrontierPoint, float | None]], xlabel: str) -> None:
-    for point, x in places:
-        if x is None:
-            continue
-        kind = point.policy.partition(":")[0]
-        marker, colour = _MARKERS.get(kind, _OTHER[0]), _COLOURS.get(kind, _OTHER[1])
-        size = 130 if kind == "never" else 55
-        axes.scatter([x], [point.quality], s=size, marker=marker, color=colour, zorder=3, gid=point.policy)
-        if kind == "never":
-            axes.axhline(point.quality, color=colour, linestyle="--", linewidth=1, alpha=0.6, zorder=1)
+def _panel(
+    axes: Any, points: Sequence[FrontierPoint], cost: Callable[[FrontierPoint], float | None], xlabel: str
+) -> None:
+    series: dict[str, list[tuple[float, FrontierPoint]]] = {}
+    for point in points:
+        x = cost(point)
+        if x is not None:
+            series.setdefault(point.series, []).append((x, point))
+    styles = iter(_STYLES * len(series))
+    for name, placed in series.items():
+        plain = placed[0][1].policy == "never"
+        colour, marker = ("#000000", "*") if plain else next(styles)
+        placed.sort(key=lambda pair: pair[0])
+        xs, ys = [x for x, _ in placed], [point.quality for _, point in placed]
+        axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.5, zorder=2)
+        axes.scatter(xs, ys, s=150 if plain else 45, marker=marker, color=colour, zorder=3, label=name)
+        for x, point in placed:
+            axes.annotate(point.number, (x, point.quality), color=colour, gid="number", fontsize=10, zorder=4)
+        if plain:
+            axes.axhline(ys[0], color=colour, linestyle="--", linewidth=1, alpha=0.5, zorder=1)
     axes.set_xlabel(xlabel, fontsize=12)
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.25)
-    axes.margins(x=0.22, y=0.18)
+    axes.margins(x=0.08, y=0.1)
 
 
 def _label(axes: Any, renderer: Any) -> None:
-    """Write each policy beside its point, where it covers the fewest other labels and points."""
+    """Move each number beside its point, where it covers the fewest other numbers and points."""
     taken: list[Any] = []
-    dots = [axes.transData.transform(dot.get_offsets()[0]) for dot in axes.collections]
-    for dot in axes.collections:
-        labels = [_annotate(axes, dot, offset) for offset in _OFFSETS]
-        boxes = [label.get_window_extent(renderer) for label in labels]
+    dots = [axes.transData.transform(place) for found in axes.collections for place in found.get_offsets()]
+    for number in (text for text in axes.texts if text.get_gid() == "number" and text.get_text()):
+        boxes = []
+        for offset in _OFFSETS:
+            _move(number, offset)
+            boxes.append(number.get_window_extent(renderer))
         costs = [_cost(box, taken, dots, axes.bbox) for box in boxes]
         best = costs.index(min(costs))
-        for label in labels[:best] + labels[best + 1 :]:
-            label.remove()
+        _move(number, _OFFSETS[best])
         taken.append(boxes[best])
 
 
-def _annotate(axes: Any, dot: Any, offset: tuple[int, int]) -> Any:
-    side = "left" if offset[0] > 0 else "right"
-    place = dot.get_offsets()[0]
-    return axes.annotate(
-        dot.get_gid(), place, xytext=offset, textcoords="offset points", ha=side, fontsize=10.5, zorder=4
-    )
+def _move(number: Any, offset: tuple[int, int]) -> None:
+    number.set_position(offset)
+    number.anncoords = "offset points"
+    number.set_horizontalalignment("left" if offset[0] > 0 else "right")
 
 
 def _cost(box: Any, taken: Sequence[Any], dots: Sequence[Any], frame: Any) -> int:

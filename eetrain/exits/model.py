@@ -163,8 +163,12 @@ class MultiExitModel(nn.Module):
             exits: exit layers to keep; all by default.
             full_depth: also run the blocks after the deepest exit. A frozen backbone is run without autograd.
             routers: also compute the auxiliary loss of a mixture of experts.
+
+        Raises:
+            ConfigError: an exit the model does not have, or a full depth that is not loaded.
         """
         layers = self.exit_layers if exits is None else tuple(exits)
+        self._check_exits(layers)
         if full_depth:
             self._check_full_depth("the full depth")
         harvester = Harvester(self.backbone, self.anatomy)
@@ -232,6 +236,14 @@ class MultiExitModel(nn.Module):
         from eetrain.decoding import generate
 
         return generate(self, inputs, exit_policy=exit_policy, **kwargs)
+
+    def _check_exits(self, layers: Sequence[int]) -> None:
+        missing = [layer for layer in layers if layer not in self.exit_layers]
+        if missing:
+            raise ConfigError(
+                f"forward(exits={list(layers)}): the model has no exit after block {missing[0]}.",
+                hint=f"Exits stand after blocks {', '.join(map(str, self.exit_layers)) or 'none'}.",
+            )
 
     def _check_full_depth(self, what: str) -> None:
         if not self.full_depth_loaded:

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer on text files and save it for transformers.
 
-    python recipes/quickstart/tokenizer.py --files "GLOB" --size 1024 --out FOLDER
+python recipes/quickstart/tokenizer.py --files "GLOB" --size 1024 --out FOLDER
 """
 
 from __future__ import annotations
