@@ -322,7 +322,7 @@ def test_training_modes_are_restored_module_by_module(batch):
     with pytest.raises(ConfigError):
         model.generate(**batch, num_beams=2)
     with pytest.raises(RuntimeError, match="stop here"):
-        model.generate(**batch, stopping_criteria=[Raising()])
+        model.generate(**batch, max_new_tokens=2, stopping_criteria=[Raising()])
     assert {name: module.training for name, module in model.named_modules()} == before
 
 

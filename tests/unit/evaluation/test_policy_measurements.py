@@ -296,19 +296,32 @@ def coloured(path: Path, colour: tuple[float, float, float]) -> int:
     return int((abs(pixels - torch.tensor(colour).numpy()).max(axis=-1) < 0.01).sum())
 
 
-def test_frontier_shows_each_kind_of_policy_in_its_colour(tmp_path: Path) -> None:
-    orange, blue = (0xE6 / 255, 0x9F / 255, 0), (0, 0x72 / 255, 0xB2 / 255)
+def test_frontier_gives_each_series_its_colour(tmp_path: Path) -> None:
+    blue, orange = (0, 0x72 / 255, 0xB2 / 255), (0xE6 / 255, 0x9F / 255, 0)
     points = [FrontierPoint("never", 60.0, 4.0, 10.0), FrontierPoint("always:2", 50.0, 2.0, 19.0)]
-    draw_frontier(points, tmp_path / "one.png", quality="BLEU", num_blocks=4)
+    draw_frontier(
+        [*points, FrontierPoint("always:3", 55.0, 3.0, 17.0)], tmp_path / "one.png", quality="BLEU", num_blocks=4
+    )
     more = [*points, FrontierPoint("threshold:0.9", 58.0, 3.0, 15.0)]
     draw_frontier(more, tmp_path / "two.png", quality="BLEU", num_blocks=4)
-    assert coloured(tmp_path / "one.png", orange) > 100
-    assert coloured(tmp_path / "one.png", blue) == 0
-    assert coloured(tmp_path / "two.png", blue) > 100
+    assert coloured(tmp_path / "one.png", blue) > 100
+    assert coloured(tmp_path / "one.png", orange) == 0
+    assert coloured(tmp_path / "two.png", orange) > 100
+
+
+def test_frontier_series_are_policies_but_for_their_first_number() -> None:
+    names = {
+        FrontierPoint(policy, 1.0, 1.0, None, model).series
+        for policy in ("threshold:0.5", "threshold:0.9", "threshold:0.9,repair=propagate", "always:6", "never")
+        for model in ("", "tuned")
+    }
+    kinds = {"threshold", "threshold, repair=propagate", "always", "never"}
+    assert names == kinds | {f"tuned: {kind}" for kind in kinds}
+    assert FrontierPoint("threshold:0.5,cap=3", 1.0, 1.0, None).number == "0.5"
 
 
 def test_frontier_without_times_has_one_panel(tmp_path: Path) -> None:
     points = [FrontierPoint("never", 60.0, 4.0, None), FrontierPoint("always:2", 50.0, 2.0, None)]
     draw_frontier(points, tmp_path / "one.png", quality="BLEU", num_blocks=4)
     height, width, _ = imread(tmp_path / "one.png").shape
-    assert (width, height) == (975, 720)
+    assert (width, height) == (910, 702)
