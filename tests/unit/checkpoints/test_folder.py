@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -156,6 +156,9 @@ def test_an_adapter_may_stay_an_adapter(tmp_path):
     again = load_checkpoint(folder)
     check_same(again, model)
     assert again.causal_lm.generation_config.exit_policy == "always:2"
+    plain = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(IDS).logits, model.logits(model(IDS)))
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"Cannot load a causal language model from .*base"):
         load_checkpoint(folder)
