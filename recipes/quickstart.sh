@@ -17,16 +17,16 @@ python recipes/quickstart/tokenizer.py --files "$train" --size 1024 --out $out/t
 echo "== 2/6 train a decoder of 8 blocks from scratch"
 eetrain fit -c recipes/quickstart/pretrain.yaml --run $out/base --data.tokenizer $out/tokenizer --data.train "$train"
 eetrain export $out/base --out $out/backbone
-echo "== 3/6 tune exits after blocks 2, 4 and 6; the decoder stays as it is"
+echo "== 3/6 tune exits after blocks 2 and 5; the decoder stays as it is"
 eetrain fit -c recipes/quickstart/exits.yaml --run $out/exits --model.backbone.path $out/backbone \
   --data.tokenizer $out/tokenizer --data.train "$train"
 echo "== 4/6 export"
-eetrain export $out/exits --out $out/model --policy threshold:0.8
+eetrain export $out/exits --out $out/model --policy threshold:0.2
 echo "== 5/6 measure policies on held-out files"
 eetrain evaluate $out/model --data "$held_out" --prompt_tokens 64 --limit 16 --max_new_tokens 48 --repeats 3 \
-  --policies '[never, "always:4", "threshold:0.5", "threshold:0.7", "threshold:0.9", "threshold:0.7,repair=propagate"]' \
+  --policies '[never, "always:5", "threshold:0.2", "threshold:0.3", "threshold:0.5", "threshold:0.2,repair=propagate"]' \
   --out $out/report
 echo "== 6/6 decode"
 eetrain generate $out/model --prompt 'def __init__(self, name):
-        """' --policy threshold:0.7 --max_new_tokens 96 --html $out/story.html
+        """' --policy threshold:0.2 --max_new_tokens 96 --html $out/story.html
 echo "see $out/report/frontier.png, $out/report/results.csv and $out/story.html"
