@@ -92,10 +92,10 @@ def _panel(
         x = cost(point)
         if x is not None:
             series.setdefault(point.series, []).append((x, point))
-    styles = iter(_STYLES * len(series))
+    styles = _styles(points)
     for name, placed in series.items():
         plain = placed[0][1].policy == "never"
-        colour, marker = ("#000000", "*") if plain else next(styles)
+        colour, marker = styles[name]
         placed.sort(key=lambda pair: pair[0])
         xs, ys = [x for x, _ in placed], [point.quality for _, point in placed]
         axes.plot(xs, ys, color=colour, linewidth=1.2, alpha=0.5, zorder=2)
@@ -108,6 +108,13 @@ def _panel(
     axes.tick_params(labelsize=11)
     axes.grid(alpha=0.25)
     axes.margins(x=0.08, y=0.1)
+
+
+def _styles(points: Sequence[FrontierPoint]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each series, the same in all panels."""
+    names = dict.fromkeys(point.series for point in points if point.policy != "never")
+    styles = {name: _STYLES[place % len(_STYLES)] for place, name in enumerate(names)}
+    return styles | {point.series: ("#000000", "*") for point in points if point.policy == "never"}
 
 
 def _label(axes: Any, renderer: Any) -> None:
