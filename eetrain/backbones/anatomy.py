@@ -210,14 +210,7 @@ def _trace(model: nn.Module, decoder_path: str, blocks_path: str, blocks: nn.Mod
     replaced[head_path] = head
     weight = head.weight
     assert isinstance(weight, Tensor)
-    ids = torch.ones(1, 2, dtype=torch.long, device=weight.device)
-    # With a cache transformers does not look for packed documents, which needs values: the meta device has none.
-    takes_cache = "past_key_values" in inspect.signature(owner.forward).parameters
-    extra: dict[str, Any] = {"past_key_values": DynamicCache()} if takes_cache and weight.is_meta else {}
-    embeds = model.get_input_embeddings()(ids)  # type: ignore[operator]
-    if getattr(_text_config(model), "output_router_logits", False):
-        extra["output_router_logits"] = False  # routers are out of sight behind the taps
-    logits = shadow(model, replaced)(inputs_embeds=embeds, use_cache=takes_cache and weight.is_meta, **extra).logits
+    logits = _run_two_tokens(model, shadow(model, replaced), owner, weight.device)
     _check_chain(model, taps)
     last = hidden_of(taps[-1].output)
     norm = _find_norm(others, last)
@@ -231,6 +224,28 @@ def _trace(model: nn.Module, decoder_path: str, blocks_path: str, blocks: nn.Mod
     scale, softcap = _logit_shape(model, head.known, logits)
     norm_path = norm if norm is None or not owner_path else f"{owner_path}.{norm}"
     return _Trace(norm_path, last.shape[-1], isinstance(taps[0].output, tuple), scale, softcap)
+
+
+def _run_two_tokens(model: nn.Module, tapped: nn.Module, owner: nn.Module, device: torch.device) -> Tensor:
+    """Logits of two equal tokens, from the model with taps in it."""
+    hollow = device.type == "meta"
+    embeds = model.get_input_embeddings()(torch.ones(1, 2, dtype=torch.long, device=device))  # type: ignore[operator]
+    extra: dict[str, Any] = {}
+    # With a cache transformers does not look for packed documents, which needs values: the meta device has none.
+    if hollow and "past_key_values" in inspect.signature(owner.forward).parameters:
+        extra["past_key_values"] = DynamicCache()
+    if getattr(_text_config(model), "output_router_logits", False):
+        extra["output_router_logits"] = False  # routers are out of sight behind the taps
+    try:
+        logits: Tensor = tapped(inputs_embeds=embeds, use_cache="past_key_values" in extra, **extra).logits
+    except RuntimeError as error:
+        if not hollow:
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} needs values that the meta device lacks: {error}",
+            hint="Build it on a real device, or use a newer transformers.",
+        ) from error
+    return logits
 
 
 def _check_chain(model: nn.Module, taps: list[Tap]) -> None:

@@ -19,6 +19,7 @@ from eetrain.backbones.loading import load_backbone, load_config
 from eetrain.checkpoints.atomic import new_folder
 from eetrain.checkpoints.card import model_card
 from eetrain.checkpoints.fingerprint import fingerprint
+from eetrain.decoding.policies import parse_policy
 from eetrain.errors import CheckpointError
 from eetrain.exits.config import ExitConfig
 
@@ -50,6 +51,7 @@ def save_checkpoint(
         results: rows of ``eetrain evaluate`` for the model card.
 
     Raises:
+        ConfigError: a policy that does not parse or does not fit the model's exits.
         CheckpointError: only part of the backbone is loaded, the disk is full, or the folder holds something else.
     """
     if not model.full_depth_loaded:
@@ -58,6 +60,10 @@ def save_checkpoint(
             hint="Load the whole backbone (depth=None); `eetrain export` does.",
         )
     exit_policy = exit_policy or getattr(getattr(model.causal_lm, "generation_config", None), "exit_policy", None)
+    if exit_policy is not None:
+        policy = parse_policy(exit_policy)
+        policy.route(model.exit_layers, model.num_blocks)
+        exit_policy = str(policy)
     with new_folder(folder) as staged:
         _write_backbone(model.backbone, staged, keep_adapter)
         save_file(_head_tensors(model), staged / HEADS_FILE, metadata={"format": "pt"})

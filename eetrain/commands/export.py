@@ -30,14 +30,11 @@ def export(
         results: results.json of eetrain evaluate, for the model card.
         json: print one JSON object.
     """
-    from eetrain.decoding import parse_policy
-
-    stored_policy = None if policy is None else str(parse_policy(policy))
     folder = export_run(
         run,
         out or _beside(run),
         checkpoint=checkpoint,
-        exit_policy=stored_policy,
+        exit_policy=policy,
         keep_adapter=keep_adapter,
         results=results,
     )

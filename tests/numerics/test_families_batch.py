@@ -72,6 +72,7 @@ def generated(model, ids, mask, policy, eos):
         do_sample=False,
         max_new_tokens=NEW,
         repetition_penalty=2.0,  # random models repeat themselves, and then all rows end together
+        suppress_tokens=[0],  # else the penalty, which counts padding, would tell rows with padding from rows alone
         eos_token_id=eos,
         exit_policy=policy,
         return_dict_in_generate=True,

@@ -20,7 +20,7 @@ ALLOWED = {
     "data": set(),
     "decoding": {"backbones", "exits"},
     "training": {"backbones", "exits", "objectives", "data"},
-    "checkpoints": {"backbones", "exits", "training"},
+    "checkpoints": {"backbones", "exits", "decoding", "training"},
     "evaluation": {"backbones", "exits", "decoding", "data", "viewing"},
     "viewing": {"decoding"},
     "testing": set(),
