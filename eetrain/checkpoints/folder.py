@@ -20,7 +20,7 @@ from eetrain.checkpoints.atomic import new_folder
 from eetrain.checkpoints.card import model_card
 from eetrain.checkpoints.fingerprint import fingerprint
 from eetrain.decoding.policies import parse_policy
-from eetrain.errors import CheckpointError
+from eetrain.errors import CheckpointError, ConfigError
 from eetrain.exits.config import ExitConfig
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ def save_checkpoint(
             f"Only blocks 1..{model.num_blocks} of the backbone are loaded; a checkpoint needs all.",
             hint="Load the whole backbone (depth=None); `eetrain export` does.",
         )
-    exit_policy = exit_policy or getattr(getattr(model.causal_lm, "generation_config", None), "exit_policy", None)
-    if exit_policy is not None:
-        policy = parse_policy(exit_policy)
-        policy.route(model.exit_layers, model.num_blocks)
-        exit_policy = str(policy)
+    exit_policy = _default_policy(model, exit_policy)
     with new_folder(folder) as staged:
         _write_backbone(model.backbone, staged, keep_adapter)
         save_file(_head_tensors(model), staged / HEADS_FILE, metadata={"format": "pt"})
@@ -113,6 +109,22 @@ def open_model(path: str | Path, **loading: Any) -> MultiExitModel:
     if getattr(config, "exits", None) is not None:
         return load_checkpoint(path, **loading)
     return MultiExitModel.attach(path, ExitConfig(layers=[]), **loading).eval()
+
+
+def _default_policy(model: MultiExitModel, given: str | None) -> str | None:
+    """The policy to store: the one given, else the backbone's own if it fits these exits."""
+    inherited = getattr(getattr(model.causal_lm, "generation_config", None), "exit_policy", None)
+    wanted = given or inherited
+    if wanted is None:
+        return None
+    try:
+        policy = parse_policy(wanted)
+        policy.route(model.exit_layers, model.num_blocks)
+    except ConfigError:
+        if given is not None:
+            raise
+        return None
+    return str(policy)
 
 
 def _write_backbone(backbone: nn.Module, staged: Path, keep_adapter: bool) -> None:
@@ -183,6 +195,7 @@ def _write_generation_config(causal_lm: Any, staged: Path, exit_policy: str | No
     values = {} if given is None else given.to_diff_dict()
     # transformers drops keys it does not know from a file that says it was derived from the model's config.
     values.pop("_from_model_config", None)
+    values.pop("exit_policy", None)
     if exit_policy is not None:
         values["exit_policy"] = exit_policy
     GenerationConfig.from_dict(values).save_pretrained(staged)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eetrain import MultiExitModel
+from eetrain import ExitConfig, MultiExitModel
 from eetrain.checkpoints.export import export_run, read_lightning_checkpoint
 from eetrain.cli import main
 from eetrain.errors import CheckpointError
@@ -109,6 +109,14 @@ def test_a_default_policy_must_fit(tmp_path, capsys, policy, message):
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--policy", policy]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_of_the_backbone_stays_only_if_it_fits_the_exits(tmp_path):
+    first = export_run(fit(tmp_path, *FROZEN), tmp_path / "first", exit_policy="always:2")
+    for layers, kept in (([2, 3], "always:2"), ([1, 3], None)):
+        model = MultiExitModel.attach(first, ExitConfig(layers=layers))
+        again = MultiExitModel.from_pretrained(model.save_pretrained(tmp_path / f"again{layers[0]}"))
+        assert getattr(again.causal_lm.generation_config, "exit_policy", None) == kept
 
 
 def test_a_folder_that_differs_from_the_run_is_noticed(tmp_path, monkeypatch):
