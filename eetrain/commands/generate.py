@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from rich.text import Text
 
 from eetrain.commands.opening import as_list, open_for_decoding, unescaped
@@ -19,7 +21,7 @@ from eetrain.decoding import Policy, parse_policy
 from eetrain.errors import ConfigError, DataError
 from eetrain.evaluation.batches import generate_options, left_padded
 from eetrain.exits import MultiExitModel
-from eetrain.viewing import Generation, Token, html_page, legend, mean_depth, render_tokens, visible
+from eetrain.viewing import DepthStreamer, Generation, Token, html_page, legend, mean_depth, render_tokens, visible
 
 _RECORDS = (".csv", ".json", ".jsonl", ".parquet")
 
@@ -74,6 +76,9 @@ def generate(
     if do_sample:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     torch.manual_seed(seed)
+    console = stdout(color)
+    if not json and len(prompts) == 1 and _in_colour(console):
+        options["streamer"] = DepthStreamer(encoder.tokenizer, partial(_show_token, console, opened.num_blocks))
     generations, seconds = _decode(opened, encoder, prompts, chosen, options, batch_size, bos)
     if html is not None:
         page = html_page(generations, opened.num_blocks, title=Path(model).name, policy=str(chosen), seconds=seconds)
@@ -81,7 +86,7 @@ def generate(
     if json:
         print_json(_as_data(model, chosen, opened.num_blocks, generations, seconds))
     else:
-        _show(generations, opened.num_blocks, seconds, color)
+        _show(console, generations, opened.num_blocks, seconds, streamed="streamer" in options)
     return 0
 
 
@@ -130,7 +135,7 @@ def _decode(
             raise ConfigError(f"The prompt {prompt!r} has no tokens.", hint="Write some text, or set --bos true.")
     generations: list[Generation] = []
     seconds = 0.0
-    with progress() as on_step:
+    with progress(enabled="streamer" not in options) as on_step:
         for start in range(0, len(prompts), batch_size):
             inputs, mask = left_padded(ids[start : start + batch_size], encoder.pad_id, model.device)
             began = perf_counter()
@@ -182,14 +187,25 @@ def _all_tokens(generations: Sequence[Generation]) -> list[Token]:
     return [token for generation in generations for token in generation.tokens]
 
 
-def _show(generations: Sequence[Generation], num_blocks: int, seconds: float, color: str) -> None:
-    console = stdout(color)
-    if console.no_color or not console.is_terminal:
+def _in_colour(console: Console) -> bool:
+    return console.is_terminal and not console.no_color
+
+
+def _show_token(console: Console, num_blocks: int, token: Token) -> None:
+    console.print(render_tokens([token], num_blocks), end="", soft_wrap=True)
+
+
+def _show(
+    console: Console, generations: Sequence[Generation], num_blocks: int, seconds: float, *, streamed: bool
+) -> None:
+    if not _in_colour(console):
         for generation in generations:
             console.file.write(generation.text + "\n")
         return
-    for generation in generations:
+    for generation in generations if not streamed else ():
         if len(generations) > 1:
             console.print(Text(visible(f"> {generation.prompt}"), style="bold"), soft_wrap=True)
         console.print(render_tokens(generation.tokens, num_blocks), soft_wrap=True)
+    if streamed:
+        console.print()
     console.print(legend(_all_tokens(generations), num_blocks, seconds), soft_wrap=True)

@@ -66,10 +66,11 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress(enabled: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """Give ``on_step(what, done, total)``, which draws a bar on stderr that is gone at the end; none in a pipe."""
+    hidden = not enabled or not sys.stderr.isatty()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bars:
         tasks: dict[str, Any] = {}
 
         def on_step(what: str, done: int, total: int) -> None:

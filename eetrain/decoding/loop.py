@@ -44,7 +44,8 @@ def decode(
         logits_processor: transformers' list, applied to float32 logits.
         stopping_criteria: transformers' list.
         generation_config: prepared by ``generate``.
-        streamer: gets every new token of every row, then ``end()``.
+        streamer: gets every new token of every row, then ``end()``; one with a method ``put_depths`` gets the depths
+            ``[B]`` ahead of the tokens.
 
     Returns:
         Ids ``[B, T + new]``, or an :class:`EarlyExitOutput` with ``return_dict_in_generate``.
@@ -91,7 +92,7 @@ def _decode(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         unfinished = unfinished & ~stopping_criteria(input_ids, record.scores)
         if streamer is not None:
-            streamer.put(tokens.cpu())
+            _stream(streamer, tokens, depth)
         alive = unfinished.tolist()
         if not any(alive):
             break
@@ -102,6 +103,12 @@ def _decode(
     if streamer is not None:
         streamer.end()
     return record.output(input_ids, runner)
+
+
+def _stream(streamer: Any, tokens: Tensor, depth: Tensor) -> None:
+    if hasattr(streamer, "put_depths"):
+        streamer.put_depths(depth.cpu())
+    streamer.put(tokens.cpu())
 
 
 def _pick(scores: Tensor, do_sample: bool) -> Tensor:

@@ -3,12 +3,14 @@
 from eetrain.viewing.detokenize import Detokenizer, decoded_text, token_texts
 from eetrain.viewing.html import html_page
 from eetrain.viewing.palette import Colour, depth_colour
+from eetrain.viewing.streaming import DepthStreamer
 from eetrain.viewing.terminal import legend, render_tokens, visible
 from eetrain.viewing.tokens import DepthShare, Generation, Token, depth_shares, mean_depth
 
 __all__ = [
     "Colour",
     "DepthShare",
+    "DepthStreamer",
     "Detokenizer",
     "Generation",
     "Token",

@@ -11,6 +11,7 @@ from eetrain.checkpoints import open_model
 from eetrain.cli import main
 from eetrain.commands.generate import generate
 from eetrain.commands.opening import find_device, unescaped
+from eetrain.decoding import generation
 from eetrain.errors import ConfigError, DataError
 from eetrain.viewing import decoded_text
 
@@ -94,6 +95,34 @@ def test_a_pipe_gets_plain_text_and_a_terminal_colours(folder: str, capsys: pyte
     shown = capsys.readouterr().out
     assert "\x1b[" in shown
     assert " mean 2.00 of 4  5 tokens," in re.sub(r"\x1b\[[\d;]*m", "", shown)
+
+
+def test_a_terminal_gets_tokens_as_they_come(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt is streamed: the same text as when it is shown at the end, but earlier."""
+    arrived: list[str] = []
+    decode = generation.decode
+
+    def watched(*arguments: Any) -> Any:
+        result = decode(*arguments)
+        arrived.append(capsys.readouterr().out)
+        return result
+
+    monkeypatch.setattr(generation, "decode", watched)
+    for policy in ("never", "always:2"):
+        assert generate(folder, prompt="one", max_new_tokens=5, color="always", policy=policy) == 0
+        rest = capsys.readouterr().out
+        streamed, arrived[:] = arrived[0], []
+        assert generate(folder, prompt=["one", "one"], max_new_tokens=5, color="always", policy=policy) == 0
+        whole = capsys.readouterr().out
+        assert arrived == [""], "several prompts are shown at the end"
+        arrived.clear()
+        assert "\x1b[38" in streamed
+        plain = [re.sub(r"\x1b\[[\d;]*m", "", text) for text in (streamed, whole)]
+        assert plain[0]
+        assert plain[1].count(plain[0] + "\n") == 2
+        assert "tokens/s" in rest
 
 
 def test_html_file(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
