@@ -121,6 +121,12 @@ def dissect(backbone: nn.Module) -> Anatomy:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     if decoder is None or head is None or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__} is not a decoder-only causal language model.", hint=_HINT)
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over {', '.join(sorted(devices))}.",
+            hint="Load it onto one device (device_map=None, or the name of one device).",
+        )
     blocks_path, blocks = _find_blocks(decoder, _text_config(model).num_hidden_layers)
     head_path = next(name for name, module in model.named_modules() if module is head)
     _check_plain(model, head_path, head)

@@ -311,6 +311,16 @@ def test_a_config_that_asks_for_router_logits_is_dissected_without_leaving_hooks
     assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
 
 
+def test_a_model_over_several_devices_is_refused():
+    model = tiny_model("llama")
+    model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is spread over cpu, disk") as caught:
+        dissect(model)
+    assert "one device" in caught.value.hint
+    model.hf_device_map = {"": "cpu"}
+    assert dissect(model).num_blocks == 4
+
+
 def test_layerdrop_is_reported():
     model = tiny_model("opt", layerdrop=0.999)
     multi = MultiExitModel(model, ExitConfig(layers=[1]))
