@@ -41,7 +41,3 @@ class CheckpointError(EETrainError):
 
 class DataError(EETrainError):
     """A data file is missing, empty or holds a row that cannot be read."""
-
-
-class TopologyError(EETrainError):
-    """Ranks, stages, micro-batches or devices do not fit together."""

@@ -41,7 +41,6 @@ class TokenRows(Dataset[Item]):
 
     def __init__(self, table: TokenTable, pieces: Pieces, max_length: int | None = None) -> None:
         self.table, self.spans = table, pieces.spans
-        self.packed = max_length is not None
         bins = (
             [[i] for i in range(len(self.spans))]
             if max_length is None

@@ -3,27 +3,17 @@
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from eetrain.exits import ExitConfig, MultiExitModel
+from eetrain.testing.byte_level import byte_tokenizer
 from eetrain.testing.tiny import tiny_model
 
 VOCABULARY = 270
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["one two three first second third"] * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    return byte_tokenizer(VOCABULARY, ["one two three first second third"] * 4)
 
 
 def write_checkpoint(folder: Path, exit_policy: str | None = None) -> Path:

@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import torch
 
 from eetrain.cli import main
+from eetrain.testing.byte_level import byte_tokenizer
 from eetrain.testing.tiny import FAMILIES, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -25,19 +25,10 @@ def commands(kind):
 def workplace(tmp_path_factory):
     """A folder with a 10-block backbone, its tokenizer and two CSV files."""
     folder = tmp_path_factory.mktemp("readme")
-    symbols = ["<pad>", "<bos>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()]
-    bpe = Tokenizer(models.BPE(vocab={symbol: place for place, symbol in enumerate(symbols)}, merges=[]))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
-    )
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(folder / "BACKBONE")
-    import torch
-
-    model = tiny_model(
-        "llama", dtype=torch.float32, vocab_size=len(symbols), num_hidden_layers=10, max_position_embeddings=512
-    )
-    model.save_pretrained(folder / "BACKBONE")
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 10, "max_position_embeddings": 512}
+    tiny_model("llama", dtype=torch.float32, **sizes).save_pretrained(folder / "BACKBONE")
     for name, count in (("TRAIN.csv", 24), ("VALID.csv", 4)):
         rows = [f'"name[Aromi {n}]","Aromi {n} is a pub."' for n in range(count)]
         (folder / name).write_text("mr,ref\n" + "\n".join(rows) + "\n", encoding="utf-8")

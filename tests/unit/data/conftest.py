@@ -1,8 +1,9 @@
 """A small real tokenizer: byte-level BPE trained on a few sentences."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from eetrain.testing.byte_level import byte_tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -17,28 +18,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=380,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+def build_tokenizer(special: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+    return byte_tokenizer(380, SENTENCES * 4, special)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return build_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    built = build_tokenizer(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    built = build_tokenizer()
     built.chat_template = CHAT_TEMPLATE
     return built
 
@@ -46,4 +37,4 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def bare_tokenizer() -> PreTrainedTokenizerFast:
     """Neither bos nor eos nor pad."""
-    return build_tokenizer()
+    return build_tokenizer({})

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.image import imread
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from eetrain.data import PromptResponse, Text
 from eetrain.data.tokenization import Example, TextEncoder
@@ -25,6 +23,7 @@ from eetrain.evaluation import (
     timed_generate,
 )
 from eetrain.exits import ExitConfig, MultiExitModel
+from eetrain.testing.byte_level import byte_tokenizer
 from eetrain.testing.tiny import tiny_model
 
 ROWS = "question,answer\none,first a\ntwo,second\none,first b\nthree,third\n"
@@ -32,18 +31,7 @@ ROWS = "question,answer\none,first a\ntwo,second\none,first b\nthree,third\n"
 
 @pytest.fixture(scope="module")
 def encoder() -> TextEncoder:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=270,
-        special_tokens=["<pad>", "<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["one two three first second third"] * 4, trainer)
-    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    return TextEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names), 270)
+    return TextEncoder(byte_tokenizer(270, ["one two three first second third"] * 4), 270)
 
 
 @pytest.fixture(scope="module")
