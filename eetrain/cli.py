@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import os
 import sys
 from argparse import ArgumentError
@@ -23,6 +24,8 @@ VERBS = {
     "predict": "generate for the rows of a data set",
     "generate": "generate from a prompt with an exit policy",
     "evaluate": "measure quality against depth of an exported checkpoint",
+    "compare": "put evaluated checkpoints and policies side by side",
+    "bench": "measure decoding speed of exit policies against transformers",
     "export": "write a run as a Hugging Face folder",
     "doctor": "check this machine and installation",
     "ls": "list recipes with their hardware and minutes",
@@ -81,7 +84,7 @@ def _run(given: list[str], *, from_process: bool) -> int:
     from jsonargparse import auto_cli
 
     command = _command(verb)
-    arguments = with_flags(given[1:], command)
+    arguments = with_list(with_flags(given[1:], command), command)
     status = auto_cli(command, args=arguments, as_positional=True, prog=f"eetrain {verb}", exit_on_error=False)
     return status if isinstance(status, int) else OK
 
@@ -100,6 +103,23 @@ def with_flags(arguments: Sequence[str], command: Callable[..., object]) -> list
         if argument in flags and following.lower() not in ("true", "false"):
             spelled.append("true")
     return spelled
+
+
+def with_list(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:
+    """Words without a flag as one list, if the first setting is a list: ``A B --x 1`` is ``["A", "B"] --x 1``."""
+    first = next(iter(inspect.signature(command).parameters.values()))
+    if first.annotation not in (list[str], "list[str]"):
+        return list(arguments)
+    words: list[str] = []
+    flags: list[str] = []
+    for word in arguments:
+        # After `with_flags` every flag has a value, in the same word or in the next one.
+        is_value = bool(flags) and len(flags) % 2 == 1
+        if is_value or word.startswith("-"):
+            flags.extend(word.split("=", 1) if not is_value and word.startswith("--") and "=" in word else [word])
+        else:
+            words.append(word)
+    return [json.dumps(words), *flags] if words else flags
 
 
 def _command(verb: str) -> Callable[..., object]:

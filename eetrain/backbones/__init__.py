@@ -10,6 +10,7 @@ from eetrain.backbones.anatomy import (
     output_projection,
 )
 from eetrain.backbones.harvest import Harvest, Harvester, call_block
+from eetrain.backbones.partial import run_partially
 from eetrain.backbones.projection import Projection
 from eetrain.backbones.recorder import Call
 
@@ -26,4 +27,5 @@ __all__ = [
     "dissect",
     "final_norm",
     "output_projection",
+    "run_partially",
 ]

@@ -17,7 +17,7 @@ plain = AutoModelForCausalLM.from_pretrained(FOLDER)  # the full-depth model, wi
 from eetrain import MultiExitModel
 
 model = MultiExitModel.from_pretrained(FOLDER)
-model.generate(**inputs, max_new_tokens=64, exit_policy="threshold:0.9")
+model.generate(**inputs, max_new_tokens=64, exit_policy="{policy}")
 ```"""
 
 
@@ -49,14 +49,25 @@ def model_card(model: MultiExitModel, exit_policy: str | None, results: list[dic
         f"| default policy | `{exit_policy or 'never'}` |",
         f"| written with | transformers {transformers_version} |",
         "",
-        "Exits other than `never` change the output: they are lossy unless the policy says otherwise.",
+        "Policies other than `never` change the output: they are lossy unless they say otherwise.",
         "",
-        _USE,
+        *_trained_for(model, exit_policy),
+        _USE.replace("{policy}", exit_policy or ("threshold:0.9" if model.exit_layers else "never")),
         "",
     ]
     if results:
         lines += ["## Measured", "", *_table(results), ""]
     return "\n".join(lines)
+
+
+def _trained_for(model: MultiExitModel, exit_policy: str | None) -> list[str]:
+    if exit_policy is None or model.exit_layers:
+        return []
+    return [
+        f"The weights were trained to decode under `{exit_policy}`. At full depth, as the plain model runs them, they "
+        "may be worse than what they were trained from.",
+        "",
+    ]
 
 
 def _table(results: list[dict[str, Any]]) -> list[str]:

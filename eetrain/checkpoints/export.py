@@ -37,7 +37,7 @@ def export_run(
         run: a run's folder, or one of its ``.ckpt`` files.
         out: the folder to write.
         checkpoint: which file of the run's ``checkpoints`` folder, without its ending.
-        exit_policy: becomes the default of ``generate``.
+        exit_policy: becomes the default of ``generate``; if left out, the one the run's objective trained for.
         keep_adapter: write a LoRA adapter and refer to its base instead of merging it.
         results: ``results.json`` of ``eetrain evaluate``, for the model card.
 
@@ -51,7 +51,7 @@ def export_run(
         model,
         out,
         tokenizer=_tokenizer(file, stored),
-        exit_policy=exit_policy,
+        exit_policy=exit_policy or stored.get("eetrain", {}).get("exit_policy"),
         keep_adapter=keep_adapter,
         results=None if results is None else _read_results(Path(results)),
     )

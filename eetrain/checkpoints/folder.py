@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,7 @@ def load_checkpoint(folder: str | Path, *, depth: int | None = None, **loading: 
     config = ExitConfig.from_dict(entry)
     backbone = load_backbone(folder, depth=depth, **loading)
     if depth is not None:
-        config = ExitConfig(**{**config.to_dict(), "layers": [x for x in config.layers or () if x <= depth]})
+        config = replace(config, layers=[layer for layer in config.layers or () if layer <= depth])
     model = MultiExitModel(backbone, config)
     _load_heads(model, folder, partial=depth is not None)
     return model.eval()
@@ -119,7 +120,7 @@ def _default_policy(model: MultiExitModel, given: str | None) -> str | None:
         return None
     try:
         policy = parse_policy(wanted)
-        policy.route(model.exit_layers, model.num_blocks)
+        policy.check(model)
     except ConfigError:
         if given is not None:
             raise

@@ -4,37 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from eetrain.commands.evaluate_table import show_report
 from eetrain.commands.opening import as_list, open_for_decoding, unescaped
-from eetrain.commands.output import print_json, print_table, progress
+from eetrain.commands.output import print_json, progress
 from eetrain.data import PromptResponse, Template, Text
 from eetrain.data.templates import FieldText
 from eetrain.errors import ConfigError
-from eetrain.evaluation import EvaluationSettings, Report, evaluate_policies, read_samples
+from eetrain.evaluation import EvaluationSettings, evaluate_policies, read_samples
 from eetrain.exits import MultiExitModel
-
-_COLUMNS = {
-    "policy": "policy",
-    "bleu": "BLEU",
-    "exact_match": "exact",
-    "full_depth_agreement": "agrees",
-    "same_as_never": "same",
-    "mean_depth": "depth",
-    "depth_p10": "p10",
-    "depth_p50": "p50",
-    "depth_p90": "p90",
-    "blocks_per_token": "blocks/token",
-    "prefill_seconds": "prefill s",
-    "decode_tokens_per_second": "tokens/s",
-    "speedup": "x never",
-}
-_EXIT_COLUMNS = {
-    "exit": "exit",
-    "agreement": "agreement",
-    "agreement_tokens": "tokens",
-    "reference_nll": "NLL of references",
-    "reference_accuracy": "accuracy",
-    "reference_tokens": "reference tokens",
-}
 
 
 def evaluate(
@@ -49,6 +26,7 @@ def evaluate(
     batch_size: int = 1,
     max_new_tokens: int = 64,
     repeats: int = 3,
+    likelihood: bool = False,
     out: str | None = None,
     json: bool = False,
     dtype: str = "auto",
@@ -70,6 +48,8 @@ def evaluate(
         batch_size: prompts decoded together.
         max_new_tokens: at most so many tokens a prompt.
         repeats: timed passes, of which medians are taken, after one that is not timed; 0 measures no time.
+        likelihood: also measure how likely each policy makes the first reference of a prompt, in one more pass a
+            policy; always done for plain text.
         out: folder for results.json, results.csv, outputs.jsonl and frontier.png.
         json: write one JSON object.
         dtype: of the weights, auto keeps the stored one.
@@ -83,7 +63,7 @@ def evaluate(
     chosen = _template(template, prompt, response)
     opened, encoder = open_for_decoding(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     settings = EvaluationSettings(
-        tuple(split_policies(policies) or _default_policies(opened)), batch_size, max_new_tokens, repeats
+        tuple(split_policies(policies) or _default_policies(opened)), batch_size, max_new_tokens, repeats, likelihood
     )
     config = opened.causal_lm.config.get_text_config(decoder=True)
     samples = read_samples(
@@ -111,7 +91,7 @@ def evaluate(
     if json:
         print_json({**report.to_dict(), "files": files})
     else:
-        _show(report)
+        show_report(report)
     return 0
 
 
@@ -175,20 +155,3 @@ def _spelled(text: FieldText) -> str:
         for literal, field in text.parts
     ]
     return "".join(parts)
-
-
-def _show(report: Report) -> None:
-    timed = bool(report.timings["never"])
-    columns = {key: name for key, name in _COLUMNS.items() if any(row[key] is not None for row in report.policies)}
-    where = report.environment
-    speed = f", {where['threads']} threads, {where['dtype']}, batch {report.settings['batch_size']}" if timed else ""
-    print_table(
-        f"{report.settings['prompts']} prompts, {report.num_blocks} blocks{speed}",
-        list(columns.values()),
-        [[row[key] for key in columns] for row in report.policies],
-    )
-    print_table(
-        "exits on given text",
-        list(_EXIT_COLUMNS.values()),
-        [[row[key] for key in _EXIT_COLUMNS] for row in report.exits],
-    )

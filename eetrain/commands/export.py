@@ -25,7 +25,8 @@ def export(
         out: folder to write; new, empty, or an older export, which is replaced. By default the run's name followed
             by -export.
         checkpoint: which of the run's checkpoints, by name.
-        policy: exit policy that generate uses by default, such as threshold:0.9.
+        policy: exit policy that generate uses by default, such as threshold:0.9; if left out, the one that the
+            objective trained for, if any.
         keep_adapter: write a LoRA adapter and refer to its base model instead of merging it.
         results: results.json of eetrain evaluate, for the model card.
         json: print one JSON object.

@@ -51,7 +51,8 @@ def generate(
         model: folder or hub id; a model without exits runs with the policy never.
         prompt: a prompt, or several as '["one", "two"]'; \n, \t and \\ stand for newline, tab and backslash.
         prompts_file: one prompt a line, or the field 'prompt' of a .csv, .json, .jsonl or .parquet file.
-        policy: such as never, always:6 or threshold:0.9; by default the one stored in the checkpoint, else never.
+        policy: such as never, always:6, threshold:0.9, gate:0.5 or skipdecode:max=9,min=4; by default the one
+            stored in the checkpoint, else never.
         max_new_tokens: at most so many tokens a prompt.
         do_sample: draw tokens instead of taking the most likely one.
         temperature: divides the logits when sampling.

@@ -2,15 +2,30 @@
 
 from eetrain.decoding.generation import generate
 from eetrain.decoding.loop import EarlyExitOutput
-from eetrain.decoding.policies import Always, Never, Policy, Route, Threshold, parse_policy
+from eetrain.decoding.policies import (
+    Always,
+    ExitPolicy,
+    Gated,
+    Never,
+    Policy,
+    Route,
+    Scheduled,
+    Threshold,
+    parse_policy,
+)
+from eetrain.decoding.start import start
 
 __all__ = [
     "Always",
     "EarlyExitOutput",
+    "ExitPolicy",
+    "Gated",
     "Never",
     "Policy",
     "Route",
+    "Scheduled",
     "Threshold",
     "generate",
     "parse_policy",
+    "start",
 ]

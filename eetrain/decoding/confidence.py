@@ -25,12 +25,15 @@ class Evidence:
         state_RD: residual stream after that block.
         previous_RD: residual stream before that block.
         head: gives the exit's logits ``[R, V]``; called only when a measure needs them.
+        gates: gives, for a cost weight, the outputs of the gates ``[R, G]`` at the ``G`` exits this token was tested
+            at, this one last; only for policies that ask gates.
     """
 
     exit: int
     state_RD: Tensor
     previous_RD: Tensor
     head: Callable[[], Tensor]
+    gates: Callable[[float | None], Tensor] | None = None
     _logits: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -39,6 +42,11 @@ class Evidence:
         if self._logits is None:
             self._logits = self.head()
         return self._logits
+
+    def gates_RG(self, cost_weight: float | None) -> Tensor:
+        """Outputs of the gates passed so far, this exit's last, in [0, 1]."""
+        assert self.gates is not None, "the policy does not say that it asks gates"
+        return self.gates(cost_weight)
 
 
 def max_probability(evidence: Evidence) -> Tensor:

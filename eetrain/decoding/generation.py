@@ -11,7 +11,7 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList, StopStringCrit
 
 from eetrain.decoding.loop import EarlyExitOutput, decode
 from eetrain.decoding.policies import Never, Policy, parse_policy
-from eetrain.decoding.runner import Runner
+from eetrain.decoding.start import start
 from eetrain.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def generate(
     ) -> Tensor | EarlyExitOutput:
         _stop_at_positions(lm, stopping_criteria)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        runner = Runner(model, policy, input_ids, mask, positions)
+        runner = start(model, policy, input_ids, mask, positions)
         return decode(runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
 
     modes = [(module, module.training) for module in model.modules()]
@@ -88,13 +88,7 @@ def _policy(model: MultiExitModel, exit_policy: str | Policy | None, given: Any)
     """The policy asked for, else the one in the generation config given, else the one stored with the model."""
     stored = (getattr(config, "exit_policy", None) for config in (given, model.causal_lm.generation_config))
     policy = parse_policy(exit_policy or next(filter(None, stored), Never()))
-    route = policy.route(model.exit_layers, model.num_blocks)
-    full = route.end == model.num_blocks and not (policy.ends_at_exit and route.end in model.exit_layers)
-    if full and not model.full_depth_loaded:
-        raise ConfigError(
-            f"Exit policy {policy} runs the full depth, but only blocks 1..{model.num_blocks} were loaded.",
-            hint="Load the whole backbone (depth=None), or use an always:l policy.",
-        )
+    policy.check(model)
     return policy
 
 

@@ -5,22 +5,59 @@
 | ``never`` | every token runs all blocks: the plain model |
 | ``always:6`` | every token, the prompt's too, runs blocks 1..6 and the head of exit 6: the backbone cut at 6 |
 | ``threshold:0.9`` | leave at the first exit whose confidence is above 0.9 |
+| ``gate:0.5`` | leave at the first exit whose trained gate says 0.5 or more |
+| ``skipdecode:max=9,min=4`` | depth by position, see :mod:`eetrain.schedules.specs` for this and its relatives |
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from eetrain import shorthand
 from eetrain.decoding.confidence import MEASURES, Evidence
 from eetrain.errors import ConfigError
+from eetrain.exits.config import ExitConfig
+from eetrain.exits.gating import conditional
+from eetrain.schedules import SCHEDULES, ScheduleSpec
+from eetrain.shorthand import Form, integers, numbers, spell, truth
 
 Repair = Literal["recompute", "propagate"]
+
+
+class Decodable(Protocol):
+    """What a policy must know of a model to fit it."""
+
+    @property
+    def config(self) -> ExitConfig:
+        """Its exits and gates."""
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Blocks after which exits stand."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are loaded."""
+
+    full_depth_loaded: bool
+
+
+class Policy(ABC):
+    """Decides the depth of each token."""
+
+    @abstractmethod
+    def check(self, model: Decodable) -> None:
+        """Find out whether the policy fits a model.
+
+        Raises:
+            ConfigError: it does not.
+        """
 
 
 @dataclass(frozen=True)
@@ -41,8 +78,8 @@ class Route:
         return (*self.exits, self.end)
 
 
-class Policy(ABC):
-    """Decides the depth of each token.
+class ExitPolicy(Policy):
+    """Runs blocks from the lowest on and stops at an exit.
 
     Attributes:
         repair: what becomes of keys and values of blocks a token did not run. ``recompute``: the token waits and
@@ -50,18 +87,27 @@ class Policy(ABC):
             projected from the state it left with (CALM, arXiv 2207.07061), when a later token goes that deep.
         cap: under ``recompute``, how many tokens of a row may wait before one must run all blocks.
         ends_at_exit: a route that ends at the last block uses an exit there, if the model has one.
+        asks_gates: whether :meth:`leave` looks at gates.
     """
 
     repair: Repair = "recompute"
     cap: int = 8
-    ends_at_exit: bool = False
+    ends_at_exit: ClassVar[bool] = False
+    asks_gates: ClassVar[bool] = False
+
+    def check(self, model: Decodable) -> None:
+        """See :meth:`Policy.check`."""
+        route = self.route(model.exit_layers, model.num_blocks)
+        full = route.end == model.num_blocks and not (self.ends_at_exit and route.end in model.exit_layers)
+        if full:
+            _check_full_depth(self, model)
 
     @abstractmethod
     def route(self, exit_layers: Sequence[int], num_blocks: int) -> Route:
         """Where tokens may stop in a model with these exits.
 
         Raises:
-            ConfigError: the policy does not fit the model.
+            ConfigError: the policy does not fit them.
         """
 
     def leave(self, evidence: Evidence) -> Tensor:
@@ -70,7 +116,7 @@ class Policy(ABC):
 
 
 @dataclass(frozen=True)
-class Never(Policy):
+class Never(ExitPolicy):
     """The plain model."""
 
     def route(self, exit_layers: Sequence[int], num_blocks: int) -> Route:
@@ -82,7 +128,7 @@ class Never(Policy):
 
 
 @dataclass(frozen=True)
-class Always(Policy):
+class Always(ExitPolicy):
     """The backbone cut at one exit.
 
     Args:
@@ -102,18 +148,18 @@ class Always(Policy):
         return Route((), self.layer)
 
     def __str__(self) -> str:
-        return f"always:{self.layer}"
+        return spell("always", self, "layer")
 
 
 @dataclass(frozen=True)
-class Threshold(Policy):
+class Threshold(ExitPolicy):
     """Leave at the first exit whose confidence is above a value.
 
     Args:
         value: strictly more confident than this leaves; above 1 is never reached by a probability.
         measure: ``max``, ``margin``, ``entropy`` or ``saturation``; see :mod:`eetrain.decoding.confidence`.
-        repair: see :class:`Policy`.
-        cap: see :class:`Policy`.
+        repair: see :class:`ExitPolicy`.
+        cap: see :class:`ExitPolicy`.
         exits: test only these exits; all by default.
     """
 
@@ -125,38 +171,132 @@ class Threshold(Policy):
 
     def __post_init__(self) -> None:
         _one_of("measure", self.measure, tuple(MEASURES))
-        _one_of("repair", self.repair, get_args(Repair))
+        _check_repair(self)
         if math.isnan(self.value):
             raise ConfigError("threshold:nan lets no token leave: nan is not a number.", hint="For example 0.9.")
-        if self.cap < 1:
-            raise ConfigError(f"cap={self.cap}, must be at least 1.", hint="Use never to turn exits off.")
 
     def route(self, exit_layers: Sequence[int], num_blocks: int) -> Route:
         """Tested at every exit below the full depth."""
         wanted = tuple(exit_layers) if self.exits is None else tuple(sorted(set(self.exits)))
-        missing = [layer for layer in wanted if layer not in exit_layers]
-        inner = tuple(layer for layer in wanted if layer < num_blocks)
-        if missing or not inner:
-            found = f"no exit after block {missing[0]}" if missing else "no exit below its last block"
-            raise ConfigError(
-                f"Exit policy {self}: the model has {found}.",
-                hint=f"Exits stand after blocks {_listed(exit_layers)}.",
-            )
-        return Route(inner, num_blocks)
+        return _inner_route(self, wanted, exit_layers, num_blocks)
 
     def leave(self, evidence: Evidence) -> Tensor:
         """Rows whose confidence is above the value."""
         return MEASURES[self.measure](evidence) > self.value
 
     def __str__(self) -> str:
-        short = f"{self.value:g}"
-        text = f"threshold:{short if float(short) == self.value else repr(self.value)}"
-        for field in fields(self)[1:]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                shown = "+".join(map(str, value)) if isinstance(value, tuple) else value
-                text += f",{field.name}={shown}"
-        return text
+        return spell("threshold", self, "value")
+
+
+@dataclass(frozen=True)
+class Gated(ExitPolicy):
+    """Leave at the first exit whose gate, trained with joint gating, is at least a value (JEI-DNN, arXiv 2310.09163).
+
+    Args:
+        value: for all exits, or one for each exit, shallowest first (``0.4+0.5+0.6``).
+        cost_weight: which gates of a checkpoint with several; may be left out where there is one.
+        conditional: compare the probability of leaving here *given* that the token came this far, as the paper's code
+            does, instead of the gate's own output; the two agree for gates that rise with depth.
+        repair: see :class:`ExitPolicy`.
+        cap: see :class:`ExitPolicy`.
+    """
+
+    value: tuple[float, ...]
+    cost_weight: float | None = None
+    conditional: bool = False
+    repair: Repair = "recompute"
+    cap: int = 8
+    asks_gates = True
+
+    def __post_init__(self) -> None:
+        _check_repair(self)
+        outside = [value for value in self.value if not value >= 0]
+        if outside:
+            raise ConfigError(f"gate:{outside[0]:g} is not a probability.", hint="For example gate:0.5.")
+
+    def check(self, model: Decodable) -> None:
+        """See :meth:`Policy.check`."""
+        super().check(model)
+        gates = model.config.gates
+        if gates is None:
+            raise ConfigError(
+                f"Exit policy {self}: the model has no gates.",
+                hint="Train them with eetrain.objectives.JointGating, or use threshold:0.9.",
+            )
+        known = ", ".join(f"{weight:g}" for weight in gates.cost_weights)
+        if self.cost_weight is None and len(gates.cost_weights) > 1:
+            raise ConfigError(
+                f"Exit policy {self}: the model has gates for {len(gates.cost_weights)} cost weights.",
+                hint=f"Choose one of {known}: gate:0.5,cost_weight={gates.cost_weights[0]:g}.",
+            )
+        if self.cost_weight is not None and self.cost_weight not in gates.cost_weights:
+            raise ConfigError(
+                f"Exit policy {self}: no gates were trained for cost_weight={self.cost_weight:g}.",
+                hint=f"There are gates for {known}.",
+            )
+
+    def route(self, exit_layers: Sequence[int], num_blocks: int) -> Route:
+        """Tested at every exit below the full depth."""
+        route = _inner_route(self, tuple(exit_layers), exit_layers, num_blocks)
+        if len(self.value) not in (1, len(route.exits)):
+            raise ConfigError(
+                f"Exit policy {self} has {len(self.value)} values for {len(route.exits)} exits.",
+                hint=f"Give one for all, or one for each of the exits after blocks {_listed(route.exits)}.",
+            )
+        return route
+
+    def leave(self, evidence: Evidence) -> Tensor:
+        """Rows whose gate opens."""
+        gates_RG = evidence.gates_RG(self.cost_weight)
+        chance_R = conditional(gates_RG)[:, -1] if self.conditional else gates_RG[:, -1]
+        return chance_R >= self.value[min(gates_RG.shape[1], len(self.value)) - 1]
+
+    def __str__(self) -> str:
+        return spell("gate", self, "value")
+
+
+@dataclass(frozen=True)
+class Scheduled(Policy):
+    """Depth by position, fixed in advance.
+
+    Args:
+        spec: the schedule, before it knows the model.
+    """
+
+    spec: ScheduleSpec
+
+    def check(self, model: Decodable) -> None:
+        """See :meth:`Policy.check`."""
+        self.spec.build(model.num_blocks)
+        _check_full_depth(self, model)
+
+    def __str__(self) -> str:
+        return str(self.spec)
+
+
+def _inner_route(policy: ExitPolicy, wanted: tuple[int, ...], exit_layers: Sequence[int], num_blocks: int) -> Route:
+    missing = [layer for layer in wanted if layer not in exit_layers]
+    inner = tuple(layer for layer in wanted if layer < num_blocks)
+    if missing or not inner:
+        found = f"no exit after block {missing[0]}" if missing else "no exit below its last block"
+        raise ConfigError(
+            f"Exit policy {policy}: the model has {found}.", hint=f"Exits stand after blocks {_listed(exit_layers)}."
+        )
+    return Route(inner, num_blocks)
+
+
+def _check_full_depth(policy: Policy, model: Decodable) -> None:
+    if not model.full_depth_loaded:
+        raise ConfigError(
+            f"Exit policy {policy} runs the full depth, but only blocks 1..{model.num_blocks} were loaded.",
+            hint="Load the whole backbone (depth=None), or use an always:l policy.",
+        )
+
+
+def _check_repair(policy: ExitPolicy) -> None:
+    _one_of("repair", policy.repair, get_args(Repair))
+    if policy.cap < 1:
+        raise ConfigError(f"cap={policy.cap}, must be at least 1.", hint="Use never to turn exits off.")
 
 
 def _listed(layers: Sequence[int]) -> str:
@@ -168,17 +308,23 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
         raise ConfigError(f"{name}={value!r} is not known.", hint=f"One of: {', '.join(known)}.")
 
 
-def _exits(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+"))
-
-
-_OPTIONS: dict[str, Callable[[str], Any]] = {"measure": str, "repair": str, "cap": int, "exits": _exits}
-_POLICIES: dict[str, tuple[type[Policy], Callable[[str], Any] | None, tuple[str, ...]]] = {
-    "never": (Never, None, ()),
-    "always": (Always, int, ()),
-    "threshold": (Threshold, float, tuple(_OPTIONS)),
+_POLICIES: dict[str, Form] = {
+    "never": Form(Never, None, {}),
+    "always": Form(Always, "layer", {"layer": int}),
+    "threshold": Form(
+        Threshold, "value", {"value": float, "measure": str, "repair": str, "cap": int, "exits": integers}
+    ),
+    "gate": Form(
+        Gated,
+        "value",
+        {"value": numbers, "cost_weight": float, "conditional": truth, "repair": str, "cap": int},
+    ),
+    **SCHEDULES,
 }
-_FORMS = "never, always:6, threshold:0.9, threshold:0.9,measure=margin,repair=propagate,cap=8,exits=3+6"
+_EXAMPLES = (
+    "never, always:6, threshold:0.9, threshold:0.9,measure=margin,repair=propagate,cap=8,exits=3+6, "
+    "gate:0.5,cost_weight=1, skipdecode:max=9,min=4, static:6, unified:2, d3:0.98, hsd:6"
+)
 
 
 def parse_policy(text: str | Policy) -> Policy:
@@ -189,29 +335,6 @@ def parse_policy(text: str | Policy) -> Policy:
     """
     if isinstance(text, Policy):
         return text
-    head, *options = (part.strip() for part in text.split(","))
-    name, _, argument = head.partition(":")
-    if name not in _POLICIES:
-        raise _not_parsed(text, f"{name!r} is not a policy")
-    kind, read, allowed = _POLICIES[name]
-    if (read is None) != (argument == ""):
-        raise _not_parsed(text, f"{name!r} takes {'no' if read is None else 'one'} argument")
-    values: list[Any] = [] if read is None else [_read(text, read, argument)]
-    named: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        if key not in allowed or key in named:
-            raise _not_parsed(text, f"{key!r} is not an option of {name!r}, or stands there twice")
-        named[key] = _read(text, _OPTIONS[key], value)
-    return kind(*values, **named)
-
-
-def _read(text: str, read: Callable[[str], Any], value: str) -> Any:
-    try:
-        return read(value)
-    except ValueError:
-        raise _not_parsed(text, f"{value!r} is not a number") from None
-
-
-def _not_parsed(text: str, why: str) -> ConfigError:
-    return ConfigError(f"Exit policy {text!r} does not parse: {why}.", hint=f"For example {_FORMS}.")
+    found = shorthand.parse(text, _POLICIES, "Exit policy", _EXAMPLES)
+    policy: Policy = Scheduled(found) if isinstance(found, ScheduleSpec) else found
+    return policy

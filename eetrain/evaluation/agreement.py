@@ -54,7 +54,7 @@ class _Tally:
         picked_N = logits_NV.argmax(dim=-1)
         self.agree += int((picked_N == choice_N).sum())
         self.correct += int((picked_N == target_N).sum())
-        self.nll += float(torch.nn.functional.cross_entropy(_precise(logits_NV), target_N, reduction="sum"))
+        self.nll += float(torch.nn.functional.cross_entropy(precise(logits_NV), target_N, reduction="sum"))
 
 
 def teacher_forced(
@@ -133,5 +133,6 @@ def _padded(rows: Sequence[Sequence[int]], length: int, fill: int, device: torch
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], device=device)
 
 
-def _precise(logits: Tensor) -> Tensor:
+def precise(logits: Tensor) -> Tensor:
+    """Logits in at least single precision, for logarithms of probabilities."""
     return logits if logits.dtype == torch.float64 else logits.float()

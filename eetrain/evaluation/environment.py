@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("eetrain", "torch", "transformers", "lightning", "sacrebleu")
+_PACKAGES = ("eetrain", "torch", "transformers", "lightning", "sacrebleu", "rouge-score")
 
 
 def package_version(name: str) -> str | None:

@@ -1,10 +1,16 @@
-"""What a policy generated for all prompts, and how long it took."""
+"""What policies generated for all prompts, and how long it took."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from eetrain.data.tokenization import TextEncoder
+from eetrain.evaluation.forced import ReferenceScore
+from eetrain.evaluation.samples import Sample
 from eetrain.evaluation.timing import Timing
+from eetrain.viewing import decoded_text
 
 
 @dataclass
@@ -22,3 +28,30 @@ class Outputs:
     depths: list[list[int]] = field(default_factory=list)
     block_calls: int = 0
     timings: list[Timing] = field(default_factory=list)
+
+
+def prompt_entries(
+    encoder: TextEncoder,
+    samples: Sequence[Sample],
+    outputs: Mapping[str, Outputs],
+    forced: Mapping[str, Sequence[ReferenceScore]],
+) -> list[dict[str, Any]]:
+    """One entry a prompt with all that qualities are computed from.
+
+    Keys: ``prompt`` and ``references`` (texts); then for every policy ``texts``, ``tokens`` (their number),
+    ``depth_sums`` (blocks run, summed over these tokens) and, where likelihood was measured, ``nll_sums`` (nats of the
+    first reference); ``reference_tokens`` is the number of tokens that these stand for, or ``None``.
+    """
+    scores = list(forced.values())
+    return [
+        {
+            "prompt": decoded_text(encoder.tokenizer, sample.prompt_ids),
+            "references": list(sample.references),
+            "texts": {name: decoded_text(encoder.tokenizer, output.tokens[place]) for name, output in outputs.items()},
+            "tokens": {name: len(output.tokens[place]) for name, output in outputs.items()},
+            "depth_sums": {name: sum(output.depths[place]) for name, output in outputs.items()},
+            "nll_sums": {name: score[place].nll for name, score in forced.items()},
+            "reference_tokens": scores[0][place].tokens if scores else None,
+        }
+        for place, sample in enumerate(samples)
+    ]

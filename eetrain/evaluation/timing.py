@@ -30,17 +30,24 @@ class Timing:
         return Timing(self.prefill + other.prefill, self.decode + other.decode)
 
 
-class _Clock:
-    """A streamer that only looks at the clock; tokens arrive on the CPU, so a GPU has finished them."""
+class Clock:
+    """A streamer that only looks at the clock, from its making on; a GPU has finished tokens that arrive on the CPU."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times = [perf_counter()]
 
     def put(self, value: Tensor) -> None:
+        """Note when the prompt, which comes first, or a token of every row was there."""
         self.times.append(perf_counter())
 
     def end(self) -> None:
         """Nothing is buffered."""
+
+    @property
+    def timing(self) -> Timing:
+        """Of the generation that this streamer was given to."""
+        start, _, first, *_ = self.times
+        return Timing(first - start, self.times[-1] - first)
 
 
 def timed_generate(
@@ -55,8 +62,7 @@ def timed_generate(
         attention_mask: ``[B, T]``.
         **options: as for ``generate``.
     """
-    clock = _Clock()
-    start = perf_counter()
+    clock = Clock()
     output = model.generate(
         input_ids,
         attention_mask=attention_mask,
@@ -65,6 +71,4 @@ def timed_generate(
         streamer=clock,
         **options,
     )
-    # The first call brings the prompt, the second the first token.
-    first, last = clock.times[1], clock.times[-1]
-    return output, Timing(first - start, last - first)
+    return output, clock.timing

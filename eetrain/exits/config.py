@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from eetrain.errors import CheckpointError, ConfigError
+from eetrain.exits.gates import GateConfig
 from eetrain.exits.placement import resolve_layers
 
 HeadKind = Literal["tied", "norm", "mlp", "block"]
@@ -26,6 +27,7 @@ class ExitConfig:
             norm of its own; ``mlp``: ``h + MLP(N(h))`` with a copy of the exit's own block, then a norm of its own;
             ``block``: a copy of the last block, then a norm of its own (EE-Tuning, arXiv 2402.00518, section 3).
         output: ``tied`` uses the backbone's output matrix; ``own`` starts as a copy of it.
+        gates: learned rules of leaving, at every exit below the last block; none if left out.
 
     Raises:
         ConfigError: an unknown kind, or ``head="tied"`` with a matrix of its own.
@@ -36,6 +38,7 @@ class ExitConfig:
     fractions: list[float] | None = None
     head: HeadKind = "norm"
     output: OutputKind = "tied"
+    gates: GateConfig | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in (("head", HeadKind), ("output", OutputKind)):
@@ -73,4 +76,5 @@ class ExitConfig:
                 f"The checkpoint's exits have settings this version does not know: {', '.join(unknown)}.",
                 hint="Load it with the eetrain version that wrote it, or a newer one.",
             )
-        return cls(**data)
+        gates = data.get("gates")
+        return cls(**{**data, "gates": None if gates is None else GateConfig.from_dict(gates)})

@@ -23,11 +23,13 @@ from eetrain.backbones import (
     dissect,
     final_norm,
     output_projection,
+    run_partially,
 )
 from eetrain.backbones.loading import load_backbone
 from eetrain.backbones.routers import record_routers, router_loss
 from eetrain.errors import ConfigError
 from eetrain.exits.config import ExitConfig
+from eetrain.exits.gates import Gate
 from eetrain.exits.heads import ExitHead, build_head
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class MultiExitOutput:
         full_features: normed output of the last block, or ``None`` if it was not run.
         full_projection: the backbone's map to logits.
         router_loss: weighted auxiliary loss of a mixture of experts, or ``None``.
+        gates: exit layer -> its gates, for the exits of this pass that have some.
     """
 
     hidden: dict[int, Tensor]
@@ -53,6 +56,7 @@ class MultiExitOutput:
     full_features: Tensor | None
     full_projection: Projection
     router_loss: Tensor | None
+    gates: dict[int, Gate]
 
 
 class MultiExitModel(nn.Module):
@@ -93,6 +97,9 @@ class MultiExitModel(nn.Module):
         }
         self.exits = nn.ModuleDict(heads)
         self.gates = nn.ModuleDict()
+        if self.config.gates is not None:
+            gated = [layer for layer in self.exit_layers if layer < self.anatomy.num_blocks]
+            self.gates.update({str(layer): Gate(self.config.gates) for layer in gated})
 
     @classmethod
     def attach(cls, backbone: nn.Module | str | Path, config: ExitConfig, **loading: Any) -> MultiExitModel:
@@ -144,6 +151,10 @@ class MultiExitModel(nn.Module):
         """The head of the exit after block ``layer``."""
         return self.exits[str(layer)]  # type: ignore[return-value]
 
+    def gate(self, layer: int) -> Gate:
+        """The gates of the exit after block ``layer``, which must have some."""
+        return self.gates[str(layer)]  # type: ignore[return-value]
+
     def forward(
         self,
         input_ids: Tensor,
@@ -189,7 +200,32 @@ class MultiExitModel(nn.Module):
             full_features=None if last is None else shared_norm(last),
             full_projection=shared,
             router_loss=auxiliary,
+            gates={layer: self.gate(layer) for layer in hidden if str(layer) in self.gates},
         )
+
+    def run_scheduled(
+        self,
+        input_ids: Tensor,
+        active_LBT: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> MultiExitOutput:
+        """Run each block at some positions only and keep the output of the last one; exits see nothing.
+
+        Args:
+            input_ids: ``[B, T]``.
+            active_LBT: bool, where each of the ``L`` blocks runs; see :func:`eetrain.backbones.run_partially`.
+            attention_mask: as for :meth:`forward`.
+            position_ids: as for :meth:`forward`.
+
+        Raises:
+            ConfigError: only part of the backbone is loaded.
+        """
+        self._check_full_depth("a schedule")
+        harvester = Harvester(self.backbone, self.anatomy)
+        last = run_partially(harvester, input_ids, active_LBT, attention_mask, position_ids)
+        shared_norm, shared = self.shared_tail()
+        return MultiExitOutput({}, {}, {}, shared_norm(last), shared, None, {})
 
     def _run_to_exits(
         self, harvester: Harvester, harvest: Harvest, layers: Sequence[int], full_depth: bool

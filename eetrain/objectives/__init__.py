@@ -1,7 +1,19 @@
 """Training objectives: features at the exits and labels become named loss terms and their sum."""
 
 from eetrain.objectives.ee_tuning import EETuning
+from eetrain.objectives.joint_gating import JointGating
 from eetrain.objectives.multi_exit import MultiExitCrossEntropy
 from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, score
+from eetrain.objectives.skipdecode import SkipDecode
 
-__all__ = ["FULL", "EETuning", "HeadInputs", "MultiExitCrossEntropy", "Objective", "ObjectiveOutput", "score"]
+__all__ = [
+    "FULL",
+    "EETuning",
+    "HeadInputs",
+    "JointGating",
+    "MultiExitCrossEntropy",
+    "Objective",
+    "ObjectiveOutput",
+    "SkipDecode",
+    "score",
+]

@@ -79,5 +79,5 @@ class EETuning(Objective):
         return assemble(output, result.loss, result.exit_losses, self.exit_layers, weights, result.statistics)
 
 
-def _confidence(statistics: TokenStatistics) -> Tensor:
+def _confidence(statistics: TokenStatistics, exit_index: int, rows_C: slice | Tensor) -> Tensor:
     return statistics.max_prob

@@ -28,7 +28,8 @@ from eetrain.objectives.gradients import GradientStore, wide_dtype
 from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics, exponentiate_
 
 Kernel = Literal["torch", "cce"]
-TokenWeights = Callable[[TokenStatistics], Tensor]
+TokenWeights = Callable[[TokenStatistics, int, slice | Tensor], Tensor]
+"""Statistics ``[C]`` of one chunk of one exit, the exit's place in the list, the chunk's positions -> ``u`` ``[C]``."""
 IGNORE_INDEX = -100
 _LOGITS_PER_CHUNK_CPU = 2**22
 _LOGITS_PER_CHUNK_ACCELERATOR = 2**27
@@ -87,9 +88,10 @@ def linear_cross_entropy(
         projections: one per exit; exits with the same ``weight`` object share one gradient buffer.
         labels: ``[N]``, already shifted (:func:`shift_labels`).
         exit_weights: ``w_e``, one number per exit, constant. At 0 an exit is only measured.
-        token_weights: ``u_en``: a tensor that broadcasts to ``[E, N]``, or a function from the ``[C]``
-            statistics of one chunk of one exit to ``[C]``. No gradient flows through it.
-        statistics: ``"basic"`` (loss, prediction, confidence) or ``"all"`` (margin and entropy as well).
+        token_weights: ``u_en``: a tensor that broadcasts to ``[E, N]``, or a :data:`TokenWeights` function. It is
+            called for the exits of a chunk in their order before the next chunk starts, so that it can tell an
+            exit's weights from what it saw at the exits before. No gradient flows through it.
+        statistics: ``"basic"`` (loss, prediction, confidence) or ``"all"`` (margin and entropies as well).
             A function as ``token_weights`` sees at least the basic ones.
         normalizer: divisor of the loss; the number of valid labels if ``None``.
         chunk_size: tokens per chunk; by default as many as keep a chunk near 2^22 logits on a CPU
@@ -188,7 +190,7 @@ class _Run:
         if self.weigh is None:
             return None
         assert statistics is not None
-        return self.weigh(statistics).detach().to(self.sums_E.dtype)
+        return self.weigh(statistics, index, rows_C).detach().to(self.sums_E.dtype)
 
 
 def _logits(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eetrain.backbones.projection import Projection
 from eetrain.errors import ConfigError
+from eetrain.exits.gates import Gate
 from eetrain.objectives.linear_ce import linear_cross_entropy, shift_labels
 from eetrain.objectives.token_statistics import TokenStatistics
 
@@ -45,6 +46,10 @@ class HeadInputs(Protocol):
     def router_loss(self) -> Tensor | None:
         """Auxiliary loss of a mixture-of-experts backbone, already times its coefficient."""
 
+    @property
+    def gates(self) -> Mapping[int, Gate]:
+        """Per exit layer the gates, for the exits that have some."""
+
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
@@ -73,6 +78,9 @@ class Objective(ABC):
     freezes_backbone: ClassVar[bool] = False
     """Whether only exit heads are trained."""
 
+    trains_gates: ClassVar[bool] = False
+    """Whether gates are trained, in turn with the rest, so that some parameters rest at every step."""
+
     def __init__(self) -> None:
         self.exit_layers: tuple[int, ...] = ()
         self.num_blocks = 0
@@ -99,6 +107,43 @@ class Objective(ABC):
                 hint=f"use each layer once, from 1 to {num_blocks}.",
             )
         self.exit_layers, self.num_blocks = tuple(layers), num_blocks
+
+    def active_blocks(
+        self, labels_BT: Tensor, position_ids: Tensor | None = None, *, training: bool = True
+    ) -> Tensor | None:
+        """Where each block runs, bool ``[L, B, T]`` with a prefix of each document, or ``None`` for everywhere.
+
+        Args:
+            labels_BT: labels aligned with the input ids.
+            position_ids: ``[B, T]``, restarting with every packed document, or ``None``.
+            training: whether depths may be drawn at random.
+        """
+        return None
+
+    def bind_gates(self, cost_weights: Sequence[float]) -> None:  # noqa: B027
+        """Check the settings against the model's gates; called after :meth:`bind`. Without trained gates nothing to do.
+
+        Args:
+            cost_weights: one per gate of every exit below the last block; none if the model has no gates.
+
+        Raises:
+            ConfigError: gates are to be trained and there are none.
+        """
+
+    def check_run(self, total_steps: float) -> None:  # noqa: B027
+        """Check the settings against the length of a run in optimizer steps, infinite if it has no end.
+
+        Raises:
+            ConfigError: the run ends before what was set comes to its turn.
+        """
+
+    def trains_model_at(self, step: int) -> bool:
+        """Whether backbone and exits learn at this step; if not, they are run without autograd."""
+        return True
+
+    def exit_policy(self) -> str | None:
+        """The policy that decoding should run by default after this training; ``None`` leaves it to the user."""
+        return None
 
     @abstractmethod
     def __call__(

@@ -1,16 +1,18 @@
-"""What a run shows on stderr: its table of exits, and less of Lightning's small talk."""
+"""What a run shows on stderr: its tables of exits and gates, and less of Lightning's small talk."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
+
+from eetrain.training.gate_metrics import GATE_PREFIX, collapsed
 
 COLUMNS = ("nll", "accuracy", "agreement", "ece")
 _SMALL_TALK = (
@@ -39,24 +41,60 @@ _IDLE_WARNINGS = (
 
 def exit_rows(scores: Mapping[str, float]) -> list[tuple[str, ...]]:
     """Rows of the table of exits from ``{"nll/exit_3": 2.1, ...}``: depth, then :data:`COLUMNS`; ``-`` if missing."""
-    depths = list(dict.fromkeys(name.split("/", 1)[1] for name in scores))
+    depths = list(dict.fromkeys(name.split("/", 1)[1] for name in scores if not name.startswith(GATE_PREFIX)))
     return [
         (depth, *(f"{scores[key]:.4f}" if (key := f"{column}/{depth}") in scores else "-" for column in COLUMNS))
         for depth in depths
     ]
 
 
+def gate_rows(scores: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Header and rows of the table of gates: cost weight, mean depth, NLL, accuracy, and the share of every depth.
+
+    Args:
+        scores: ``{"gate/0.3/depth": 4.2, "gate/0.3/share/exit_3": 0.6, ...}``; other names are passed over.
+
+    Returns:
+        Nothing if there are no gates.
+    """
+    values: dict[str, dict[str, str]] = {}
+    for name, value in scores.items():
+        if name.startswith(GATE_PREFIX):
+            _, weight, quantity = name.split("/", 2)
+            values.setdefault(weight, {})[quantity.removeprefix("share/")] = (
+                f"{value:.1%}" if quantity.startswith("share/") else f"{value:.4f}"
+            )
+    if not values:
+        return []
+    columns = next(iter(values.values())).keys()
+    return [("cost weight", *columns), *((weight, *row.values()) for weight, row in values.items())]
+
+
 def show_exits(title: str, scores: Mapping[str, float]) -> None:
-    """Write the table of exits to stderr: with rules on a terminal, tab-free plain text elsewhere."""
-    rows, header = exit_rows(scores), ("depth", *COLUMNS)
+    """Write the table of exits to stderr."""
+    _show_table(title, [("depth", *COLUMNS), *exit_rows(scores)])
+
+
+def show_gates(scores: Mapping[str, float]) -> None:
+    """Write the table of gates to stderr, with a line for every exit that is out of use; nothing without gates."""
+    rows = gate_rows(scores)
+    if rows:
+        _show_table("Gates, tokens leave at g >= 0.5", rows)
+        sys.stderr.write("".join(f"out of use: {found}\n" for found in collapsed(scores)))
+
+
+def _show_table(title: str, lines: Sequence[tuple[str, ...]]) -> None:
+    """With rules on a terminal, tab-free plain text elsewhere; the first line is the header."""
+    header, *rows = lines
     if sys.stderr.isatty():
         table = Table(*header, title=title)
         for row in rows:
             table.add_row(*row)
         Console(stderr=True).print(table)
         return
-    lines = [f"{row[0]:<10}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in (header, *rows)]
-    sys.stderr.write("\n".join([title, *lines, ""]))
+    width = max(10, len(header[0]) + 1)
+    text = [f"{row[0]:<{width}}" + "".join(f"{cell:>11}" for cell in row[1:]) for row in lines]
+    sys.stderr.write("\n".join([title, *text, ""]))
 
 
 def tell(trainer: Trainer, text: str) -> None:
@@ -93,6 +131,7 @@ class ExitTable(Callback):
         scores = pl_module.scores.get(stage)
         if trainer.is_global_zero and scores:
             show_exits(title, scores)
+            show_gates(scores)
 
 
 def hush() -> None:

@@ -16,7 +16,7 @@ from eetrain.objectives.token_statistics import TokenStatistics
 NUM_BINS = 15
 
 
-def _sum_dtype() -> torch.dtype:
+def sum_dtype() -> torch.dtype:
     """float64 wherever the machine has it: Apple's GPUs do not."""
     return torch.float32 if torch.backends.mps.is_available() else torch.float64
 
@@ -30,8 +30,8 @@ class TokenMean(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=_sum_dtype()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=_sum_dtype()), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=sum_dtype()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=sum_dtype()), dist_reduce_fx="sum")
 
     def update(self, values_N: Tensor) -> None:
         """Add the values of some tokens."""
@@ -62,7 +62,7 @@ class CalibrationError(Metric):
         super().__init__()
         self.edges = [i / num_bins for i in range(1, num_bins)]
         for name in ("counts", "confidences", "hits"):
-            self.add_state(name, torch.zeros(num_bins, dtype=_sum_dtype()), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(num_bins, dtype=sum_dtype()), dist_reduce_fx="sum")
 
     def update(self, confidence_N: Tensor, correct_N: Tensor) -> None:
         """Add tokens: the probability of the prediction, and whether it was right."""

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, MultiExitModel, MultiExitOutput
 from eetrain.objectives import MultiExitCrossEntropy, Objective, ObjectiveOutput, score
+from eetrain.objectives.gate_targets import gate_logits
 from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
 from eetrain.training.building import adapt, build_model, freeze_idle, resolved_settings
 from eetrain.training.checkpoint_state import (
@@ -20,6 +23,7 @@ from eetrain.training.checkpoint_state import (
     with_frozen_backbone,
     without_frozen_backbone,
 )
+from eetrain.training.gate_metrics import GateMetrics, collapsed
 from eetrain.training.metrics import ExitMetrics
 from eetrain.training.optimization import build_adamw, build_schedule
 from eetrain.training.precision import keeping_tables
@@ -78,6 +82,7 @@ class EarlyExitModule(LightningModule):
         self.predict_policy, self.predict_max_new_tokens = predict_policy, predict_max_new_tokens
         self.model: MultiExitModel | None = None
         self.metrics = nn.ModuleDict()
+        self.gate_metrics = nn.ModuleDict()
         self.scores: dict[str, dict[str, float]] = {}
         self.scored_at: int | None = None
         self._noise_seed: int | None = None
@@ -117,18 +122,23 @@ class EarlyExitModule(LightningModule):
         return self
 
     def forward(self, batch: Batch, *, full_depth: bool, routers: bool = False) -> MultiExitOutput:
-        """Run the model on a batch of the data module."""
-        output: MultiExitOutput = self._built()(
-            batch["input_ids"],
-            batch.get("attention_mask"),
-            batch.get("position_ids"),
-            full_depth=full_depth,
-            routers=routers,
-        )
+        """Run the model on a batch of the data module, each block where the objective wants it."""
+        model, mask, positions = self._built(), batch.get("attention_mask"), batch.get("position_ids")
+        active_LBT = self.objective.active_blocks(batch["labels"], positions, training=self.training)
+        if active_LBT is not None:
+            return model.run_scheduled(batch["input_ids"], active_LBT, mask, positions)
+        output: MultiExitOutput = model(batch["input_ids"], mask, positions, full_depth=full_depth, routers=routers)
         return output
 
     def on_fit_start(self) -> None:
-        """Agree on a seed for dropout, unless a checkpoint brought one."""
+        """Agree on a seed for dropout, unless a checkpoint brought one, and check that the run suits the objective.
+
+        Raises:
+            ConfigError: the run is too short, or its strategy would wait for parameters that rest.
+        """
+        if not self.trainer.fast_dev_run:
+            self.objective.check_run(self.trainer.estimated_stepping_batches)
+        self._check_strategy()
         if self._noise_seed is None:
             self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
@@ -151,8 +161,10 @@ class EarlyExitModule(LightningModule):
     def compute_loss(self, batch: Batch, *, statistics: bool = False) -> ObjectiveOutput:
         """Forward pass and objective of one batch at the present step."""
         step = self.global_step if self._trainer is not None else 0
-        routers = self.router_loss and self.settings.tuning != "frozen"
-        output = self(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
+        trains = self.objective.trains_model_at(step)
+        routers = self.router_loss and self.settings.tuning != "frozen" and trains
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            output = self(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
         return self.objective(output, batch["labels"], step=step, statistics=statistics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -193,7 +205,12 @@ class EarlyExitModule(LightningModule):
         """Leave out a frozen backbone that can be read again; add what resuming needs."""
         if self.settings.omits_backbone:
             checkpoint["state_dict"] = without_frozen_backbone(checkpoint["state_dict"], self)
-        checkpoint[_RECORD] = {**self._record(), "noise_seed": self._noise_seed, "tokens_seen": int(self._tokens_seen)}
+        checkpoint[_RECORD] = {
+            **self._record(),
+            "noise_seed": self._noise_seed,
+            "tokens_seen": int(self._tokens_seen),
+            "exit_policy": self.objective.exit_policy(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and complete it by the frozen backbone.
@@ -217,12 +234,16 @@ class EarlyExitModule(LightningModule):
 
     def _adopt(self, model: MultiExitModel) -> None:
         self.objective.bind(model.exit_layers, model.num_blocks)
+        self.objective.bind_gates(gates.cost_weights if (gates := model.config.gates) else ())
         freeze_idle(model, full_depth=self.objective.needs_full_depth())
         if self.activation_checkpointing:
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model
         for stage in ("val", "test"):
             self.metrics[stage] = ExitMetrics(model.exit_layers, model.full_depth_loaded)
+            if gates is not None and model.full_depth_loaded:
+                gated = [layer for layer in model.exit_layers if str(layer) in model.gates]
+                self.gate_metrics[stage] = GateMetrics(gated, model.num_blocks, gates.cost_weights)
         self.settings = resolved_settings(self.settings, model)
         self._record_settings()
         self.train()
@@ -244,6 +265,11 @@ class EarlyExitModule(LightningModule):
                 f"The objective {name} trains exits of a frozen backbone, but model.tuning={tuning}.",
                 hint="Set model.tuning=frozen, or use MultiExitCrossEntropy.",
             )
+        if self.settings.exits.gates is not None and not self.objective.trains_gates:
+            raise ConfigError(
+                f"model.exits.gates is set, but the objective {name} trains no gates.",
+                hint="Use JointGating, or leave model.exits.gates out.",
+            )
         if self.settings.backbone.load == "exits" and self.objective.needs_full_depth():
             raise ConfigError(
                 f"model.backbone.load=exits leaves out the last blocks, but the objective {name} needs them.",
@@ -253,6 +279,17 @@ class EarlyExitModule(LightningModule):
             raise ConfigError(
                 "model.activation_checkpointing is on, but a frozen backbone keeps no activations.",
                 hint="Set model.activation_checkpointing=false.",
+            )
+
+    def _check_strategy(self) -> None:
+        wrapper = self.trainer.strategy.model
+        if not (self.objective.trains_gates and isinstance(wrapper, DistributedDataParallel)):
+            return
+        if not wrapper.find_unused_parameters:
+            raise ConfigError(
+                f"The objective {type(self.objective).__name__} lets parameters rest in turn, and trainer.strategy=ddp "
+                "waits for the gradient of each.",
+                hint="Set trainer.strategy=ddp_find_unused_parameters_true.",
             )
 
     @torch.no_grad()
@@ -280,15 +317,33 @@ class EarlyExitModule(LightningModule):
         statistics, layers = score(output, batch["labels"])
         metrics = self.metrics[stage]
         assert isinstance(metrics, ExitMetrics)
-        metrics.update(statistics, layers, shift_labels(batch["labels"]))
+        labels_N = shift_labels(batch["labels"])
+        metrics.update(statistics, layers, labels_N)
+        if stage in self.gate_metrics:
+            gates = self.gate_metrics[stage]
+            assert isinstance(gates, GateMetrics)
+            gates.update(gate_logits(output.gates, statistics, labels_N), statistics, layers, labels_N)
 
     def _log_scores(self, stage: Literal["val", "test"]) -> None:
         metrics = self.metrics[stage]
         assert isinstance(metrics, ExitMetrics)
         values = metrics.compute()
+        if stage in self.gate_metrics:
+            gates = self.gate_metrics[stage]
+            assert isinstance(gates, GateMetrics)
+            values |= gates.compute()
+            gates.reset()
         if self.trainer.sanity_checking:
             return
         self.scores[stage] = {name: float(value) for name, value in values.items()}
         self.scored_at = self.global_step
+        self._warn_of_collapsed_gates(self.scores[stage])
         # The values are those of all processes already; averaging them once more keeps Lightning from warning.
         self.log_dict({f"{stage}/{name}": value.float() for name, value in values.items()}, sync_dist=True)
+
+    def _warn_of_collapsed_gates(self, scores: dict[str, float]) -> None:
+        # Before their first turn gates let nobody leave; that is no news.
+        untrained = not any(bool(gate.output.weight.any()) for gate in self._built().gates.values())  # type: ignore[union-attr, operator]
+        found = [] if untrained else collapsed(scores)
+        if found:
+            rank_zero_warn(f"Gates out of use; {'; '.join(found)}.")

@@ -13,13 +13,14 @@ from eetrain.errors import ConfigError
 from eetrain.training.settings import OptimizerConfig, Schedule
 
 BACKBONE_PREFIX = "model.backbone."
+_GATES_PREFIX = "model.gates."
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in up to four groups: backbone and exits, decaying and not.
+    """Trainable parameters in up to six groups: backbone, exits and gates, decaying and not.
 
     Args:
-        named: names as in the checkpoint; those of the backbone start with ``model.backbone.``.
+        named: names as in the checkpoint, ``model.backbone.``, ``model.exits.`` and ``model.gates.``.
         config: rates and decay.
 
     Raises:
@@ -28,18 +29,27 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            part = "backbone" if name.startswith(BACKBONE_PREFIX) else "exits"
-            members.setdefault((part, parameter.dim() > 1), []).append(parameter)
+            members.setdefault((_part(name), parameter.dim() > 1), []).append(parameter)
     if not members:
         raise ConfigError(
             "There is nothing to train: the backbone is frozen and the exits have no parameters.",
             hint="Set model.exits.head to norm, mlp or block, or model.tuning to full or lora.",
         )
-    rates = {"backbone": config.lr, "exits": config.lr * config.exits_lr_multiplier}
+    rates = {
+        "backbone": config.lr,
+        "exits": config.lr * config.exits_lr_multiplier,
+        "gates": config.lr * config.gates_lr_multiplier,
+    }
     return [
         {"params": members[key], "name": key[0], "lr": rates[key[0]], "weight_decay": config.weight_decay * key[1]}
         for key in sorted(members)
     ]
+
+
+def _part(name: str) -> str:
+    if name.startswith(BACKBONE_PREFIX):
+        return "backbone"
+    return "gates" if name.startswith(_GATES_PREFIX) else "exits"
 
 
 def build_adamw(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

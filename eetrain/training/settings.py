@@ -92,6 +92,7 @@ class OptimizerConfig:
         min_lr_ratio: where linear and cosine end, relative to ``lr``.
         schedule_steps: steps until the schedule has ended; the whole run if left out.
         exits_lr_multiplier: learning rate of the exits relative to that of the backbone.
+        gates_lr_multiplier: learning rate of the gates relative to that of the backbone.
 
     Raises:
         ConfigError: a number out of its range, or both forms of the warm-up.
@@ -107,6 +108,7 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     schedule_steps: int | None = None
     exits_lr_multiplier: float = 1.0
+    gates_lr_multiplier: float = 1.0
 
     def __post_init__(self) -> None:
         checks = {
@@ -117,6 +119,7 @@ class OptimizerConfig:
             "min_lr_ratio": 0 <= self.min_lr_ratio <= 1,
             "schedule_steps": self.schedule_steps is None or self.schedule_steps > 0,
             "exits_lr_multiplier": self.exits_lr_multiplier > 0,
+            "gates_lr_multiplier": self.gates_lr_multiplier > 0,
         }
         for name, good in checks.items():
             if not good:
@@ -171,7 +174,7 @@ class ModelSettings:
         """Read what :meth:`to_dict` wrote, as found under ``hyper_parameters`` of a checkpoint."""
         return cls(
             BackboneConfig(**data["backbone"]),
-            ExitConfig(**data["exits"]),
+            ExitConfig.from_dict(data["exits"]),
             data["tuning"],
             LoraSettings(**data["lora"]),
         )

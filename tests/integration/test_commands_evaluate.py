@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,41 @@ def test_table_in_a_pipe(folder: str, data: str, capsys: pytest.CaptureFixture[s
     assert captured.err == ""
     lines = captured.out.splitlines()
     assert lines[0].startswith("3 prompts, 4 blocks, ")
-    assert lines[1].split()[:6] == ["policy", "BLEU", "exact", "agrees", "same", "depth"]
+    assert lines[0].endswith("; ± is half of the 95 % interval over prompts")
+    assert lines[1].split()[:7] == ["policy", "BLEU", "ROUGE-L", "exact", "agrees", "same", "depth"]
     never, always = lines[2].split(), lines[3].split()
-    assert (never[0], never[3:6], never[-1]) == ("never", ["1", "1", "4"], "1")
-    assert (always[0], always[5]) == ("always:1", "1")
-    assert [line.split()[0] for line in lines[5:]] == ["exit", "1", "2", "full"]
+    assert (never[0], never[4:7], never[-1]) == ("never", ["1", "1", "4"], "1")
+    assert (always[0], always[6]) == ("always:1", "1")
+    assert lines[4] == "difference to never"
+    assert lines[5].split() == ["policy", "BLEU", "ROUGE-L", "exact"]
+    assert re.fullmatch(r"always:1 +[+-][\d.]+±[\d.]+ +[+-][\d.]+±[\d.]+ +\+0\.00±0\.00", lines[6])
+    assert [line.split()[0] for line in lines[8:]] == ["exit", "1", "2", "full"]
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_one_prompt_says_that_it_has_no_intervals(folder: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ask: dict[str, Any] = {"prompt": "{question}", "response": "{answer}", "policies": "always:1", "limit": 1}
+    assert evaluate(folder, data, **ask, **FAST) == 0
+    table = capsys.readouterr().out
+    assert "; one prompt only, so no intervals" in table
+    assert "±" not in table
+    assert evaluate(folder, data, **ask, **FAST, json=True) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["intervals"] is None
+    assert found["policies"][1]["rouge_l_delta"] is not None
+    assert found["policies"][1]["rouge_l_delta_low"] is None
+
+
+def test_likelihood_of_references_on_request(
+    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", data, "--prompt", r"{question}\n=> ", "--response", "{answer}", "--policies", "always:2"]
+    flags += ["--max_new_tokens", "2", "--repeats", "0", "--likelihood", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", folder, *flags]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["policy", "BLEU", "ROUGE-L", "exact", "NLL"]
+    first = json.loads((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()[0])
+    assert set(first["nll_sums"]) == {"never", "always:2"}
+    assert first["depth_sums"]["always:2"] == 2 * first["tokens"]["always:2"]
 
 
 def test_plain_text_has_agreement_and_likelihood_instead_of_bleu(
@@ -85,6 +115,10 @@ def test_plain_text_has_agreement_and_likelihood_instead_of_bleu(
     assert evaluate(folder, str(path), prompt_tokens=4, json=True, out=str(out), policies="always:1", **FAST) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["bleu"] for row in found["policies"]] == [None, None]
+    assert [row["reference_tokens"] for row in found["policies"]] == [8, 8]
+    assert found["policies"][0]["reference_nll"] == pytest.approx(found["exits"][-1]["reference_nll"], rel=1e-5)
+    assert found["policies"][1]["reference_nll"] == pytest.approx(found["exits"][0]["reference_nll"], rel=1e-5)
+    assert found["settings"]["likelihood"] is True
     assert found["policies"][0]["full_depth_agreement"] == 1
     assert found["policies"][1]["full_depth_agreement"] < 1
     assert found["exits"][0]["reference_tokens"] == 8
@@ -131,7 +165,7 @@ def test_policies_of_one_string(given: str | list[str] | None, wanted: list[str]
             r"Both a template and --prompt",
         ),
         ({"prompt": "{question}", "response": "{answer}", "limit": 0}, r"limit=0, must be at least 1"),
-        ({"prompt": "{question}", "response": "{answer}", "policies": "measure=max"}, r"'measure=max' is not a policy"),
+        ({"prompt": "{question}", "response": "{answer}", "policies": "measure=max"}, r"'measure=max' is none of never"),
     ],
 )
 def test_refused(settings: dict[str, Any], message: str, folder: str, data: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from eetrain import ExitConfig, MultiExitModel
 from eetrain.backbones import Harvester
 from eetrain.decoding.confidence import MEASURES, Evidence
-from eetrain.decoding.runner import Runner
+from eetrain.decoding.exit_runner import ExitRunner
 from eetrain.testing.tiny import FAMILIES, tiny_model
 
 ALL = tuple(FAMILIES)
@@ -98,13 +98,13 @@ class Run:
 
     logits_BSV: torch.Tensor
     depth_BS: torch.Tensor
-    runner: Runner
+    runner: ExitRunner
 
 
 @torch.no_grad()
 def drive(model, policy, data: Sequences, after_step=lambda runner: None) -> Run:
     ids, mask, positions = data.until(data.prompt)
-    runner = Runner(model, policy, ids, mask, positions)
+    runner = ExitRunner(model, policy, ids, mask, positions)
     emitted = [runner.prefill()]
     after_step(runner)
     for slot in range(data.prompt, data.ids_BT.shape[1]):

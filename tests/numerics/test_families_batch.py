@@ -19,7 +19,7 @@ from families_support import (
 )
 
 from eetrain.decoding import Threshold
-from eetrain.decoding.runner import Runner
+from eetrain.decoding.exit_runner import ExitRunner
 
 NEW = 9
 
@@ -56,7 +56,7 @@ def test_forced_tokens_with_rows_that_leave(family, repair, head):
 
 @torch.no_grad()
 def _drive_shrinking(model, policy, data, after_step, rows):
-    runner = Runner(model, policy, *data.until(data.prompt))
+    runner = ExitRunner(model, policy, *data.until(data.prompt))
     emitted = [runner.prefill()]
     after_step(runner)
     for slot in range(data.prompt, data.ids_BT.shape[1]):

@@ -73,7 +73,7 @@ def test_every_combination_equals_autograd():
             heads,
             labels,
             exit_weights=weights,
-            token_weights=(lambda s: s.max_prob**2) if weighted else None,
+            token_weights=(lambda s, exit_index, rows: s.max_prob**2) if weighted else None,
             chunk_size=4,
         )
         grads = torch.autograd.grad(out.loss, inputs)

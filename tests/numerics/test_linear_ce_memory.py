@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from eetrain.backbones.projection import Projection
+from eetrain.exits import Gate, GateConfig
+from eetrain.objectives import JointGating, linear_ce
 from eetrain.objectives.linear_ce import linear_cross_entropy
 
 
@@ -117,3 +120,37 @@ def test_four_tied_exits_need_no_more_memory_than_one():
     assert one >= logits + gradient
     assert four <= 1.10 * one
     assert four <= 1.10 * (logits + gradient)
+
+
+@dataclass(frozen=True)
+class Features:
+    features: dict
+    full_features: torch.Tensor
+    projections: dict
+    full_projection: Projection
+    router_loss: None
+    gates: dict
+
+
+@pytest.mark.parametrize(("step", "phase"), [(0, "warmup"), (1, "gates"), (2, "exits")])
+def test_joint_gating_keeps_one_chunk_of_logits_in_every_phase(monkeypatch, step, phase):
+    vocabulary, width, tokens, chunk, layers = 4096, 16, 65, 8, (1, 2, 3)
+    monkeypatch.setattr(linear_ce, "_default_chunk", lambda weight: chunk)
+    torch.manual_seed(0)
+    head = Projection(torch.randn(vocabulary, width, requires_grad=True))
+    states = {layer: torch.randn(1, tokens, width, requires_grad=True) for layer in (*layers, 0)}
+    config = GateConfig([0.1, 1.0, 10.0], position_length=10)
+    gates = {layer: Gate(config) for layer in layers}
+    inputs = Features(
+        {layer: states[layer] for layer in layers}, states[0], dict.fromkeys(layers, head), head, None, gates
+    )
+    objective = JointGating(warmup_steps=1, phase_steps=1)
+    objective.bind(layers, 4)
+    objective.bind_gates(config.cost_weights)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    assert objective.phase(step) == phase
+    with Recorder(chunk * vocabulary * 4) as recorder:
+        objective(inputs, labels, step=step).total.backward()
+    assert recorder.watched_made == 4 * (tokens - 1) // chunk
+    assert recorder.watched_peak == 1
+    assert recorder.largest == (chunk if phase == "gates" else width) * vocabulary * 4

@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "eetrain"
 
 # Each room with the rooms it may import. Modules beside the rooms are open to all.
-OPEN = {"errors", "cli_errors"}
+OPEN = {"errors", "cli_errors", "shorthand"}
 ALLOWED = {
+    "schedules": set(),
     "backbones": set(),
     "exits": {"backbones"},
-    "objectives": {"backbones"},
+    "objectives": {"schedules", "backbones", "exits"},
     "data": set(),
-    "decoding": {"backbones", "exits"},
+    "decoding": {"schedules", "backbones", "exits"},
     "training": {"backbones", "exits", "objectives", "data"},
     "checkpoints": {"backbones", "exits", "decoding", "training"},
     "evaluation": {"backbones", "exits", "decoding", "data", "viewing"},

@@ -299,7 +299,7 @@ def test_policies_that_do_not_fit_the_model_are_refused(model, batch):
     for policy, reason in (
         ("always:2", "always:2: the model has no exit after block 2"),
         ("threshold:0.9,exits=1+2", "the model has no exit after block 2"),
-        ("sometimes", "'sometimes' is not a policy"),
+        ("sometimes", "'sometimes' is none of never"),
     ):
         with pytest.raises(ConfigError, match=reason):
             model.generate(**batch, exit_policy=policy)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 import torch
 
-from eetrain.decoding import Always, Never, Policy, Route, Threshold, parse_policy
+from eetrain import ExitConfig
+from eetrain.decoding import Always, ExitPolicy, Gated, Never, Route, Scheduled, Threshold, parse_policy
 from eetrain.decoding.confidence import Evidence
+from eetrain.decoding.policies import Repair
 from eetrain.errors import ConfigError
+from eetrain.exits.gates import GateConfig
+from eetrain.schedules import SkipDecode
 
 GRID = [
     Threshold(value, measure, repair, cap, exits)
@@ -65,19 +71,20 @@ def test_a_policy_object_is_returned_as_it_is():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "'' is not a policy"),
-        ("sometimes", "'sometimes' is not a policy"),
-        ("never:1", "'never' takes no argument"),
-        ("always", "'always' takes one argument"),
-        ("always:", "'always' takes one argument"),
-        ("always:1.5", "'1.5' is not a number"),
-        ("always:x", "'x' is not a number"),
-        ("threshold", "'threshold' takes one argument"),
-        ("threshold:high", "'high' is not a number"),
+        ("", "'' is none of never, always, "),
+        ("sometimes", "'sometimes' is none of never, always, "),
+        ("never:1", "'never' takes no value"),
+        ("always", "'always' needs a value"),
+        ("always:", "'always' needs a value"),
+        ("always:1.5", "layer='1.5' is not readable"),
+        ("always:x", "layer='x' is not readable"),
+        ("threshold", "'threshold' needs a value"),
+        ("threshold:high", "value='high' is not readable"),
         ("threshold:0.9,speed=3", "'speed' is not an option of 'threshold'"),
         ("threshold:0.9,cap=1,cap=2", "'cap' is not an option of 'threshold', or stands there twice"),
-        ("threshold:0.9,cap=few", "'few' is not a number"),
-        ("threshold:0.9,exits=1+x", r"'1\+x' is not a number"),
+        ("threshold:0.9,cap=few", "cap='few' is not readable"),
+        ("threshold:0.9,exits=1+x", r"exits='1\+x' is not readable"),
+        ("gate:0.5,conditional=maybe", "conditional='maybe' is not readable"),
         ("threshold:0.9,", "'' is not an option of 'threshold'"),
         ("never,cap=1", "'cap' is not an option of 'never'"),
         ("always:3,cap=1", "'cap' is not an option of 'always'"),
@@ -154,6 +161,147 @@ def evidence(probabilities: list[list[float]]) -> Evidence:
     return Evidence(1, states, states, lambda: logits)
 
 
+def test_gate_strings():
+    assert parse_policy("gate:0.5") == Gated((0.5,))
+    assert parse_policy("gate:0.4+0.6,cost_weight=1,conditional=true,repair=propagate") == Gated(
+        (0.4, 0.6), 1.0, True, "propagate"
+    )
+    for policy in itertools.starmap(
+        Gated,
+        itertools.product(
+            ((0.5,), (0.0, 1.0), (1 / 3, 0.25, 2.0)), (None, 0.1, 30.0), (False, True), get_args(Repair), (1, 8)
+        ),
+    ):
+        assert parse_policy(str(policy)) == policy, str(policy)
+    assert str(Gated((0.5,), cost_weight=0.1)) == "gate:0.5,cost_weight=0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("gate:-0.1", "gate:-0.1 is not a probability. HINT: For example gate:0.5."),
+        ("gate:0.5+nan", "gate:nan is not a probability. HINT: For example gate:0.5."),
+        ("gate:0.5,repair=pray", "repair='pray' is not known. HINT: One of: recompute, propagate."),
+        ("gate:0.5,cap=0", "cap=0, must be at least 1. HINT: Use never to turn exits off."),
+    ],
+)
+def test_gates_that_make_no_sense(text, reason):
+    with pytest.raises(ConfigError) as caught:
+        parse_policy(text)
+    assert str(caught.value) == reason
+
+
+@dataclass
+class Shape:
+    """What policies know of a model with 6 blocks and exits after 2 and 4."""
+
+    config: ExitConfig
+    full_depth_loaded: bool = True
+    exit_layers: tuple[int, ...] = (2, 4)
+    num_blocks: int = 6
+
+
+def shape(cost_weights: list[float] | None = None, **rest) -> Shape:
+    gates = None if cost_weights is None else GateConfig(cost_weights)
+    return Shape(ExitConfig(layers=[2, 4], gates=gates), **rest)
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "message"),
+    [
+        (
+            "gate:0.5",
+            shape(),
+            "Exit policy gate:0.5: the model has no gates. "
+            "HINT: Train them with eetrain.objectives.JointGating, or use threshold:0.9.",
+        ),
+        (
+            "gate:0.5",
+            shape([0.3, 1.0]),
+            "Exit policy gate:0.5: the model has gates for 2 cost weights. "
+            "HINT: Choose one of 0.3, 1: gate:0.5,cost_weight=0.3.",
+        ),
+        (
+            "gate:0.5,cost_weight=2",
+            shape([0.3, 1.0]),
+            "Exit policy gate:0.5,cost_weight=2: no gates were trained for cost_weight=2. "
+            "HINT: There are gates for 0.3, 1.",
+        ),
+        (
+            "gate:0.5,cost_weight=2",
+            shape([0.3]),
+            "Exit policy gate:0.5,cost_weight=2: no gates were trained for cost_weight=2. HINT: There are gates for 0.3.",
+        ),
+        (
+            "gate:0.1+0.2+0.3",
+            shape([1.0]),
+            "Exit policy gate:0.1+0.2+0.3 has 3 values for 2 exits. "
+            "HINT: Give one for all, or one for each of the exits after blocks 2, 4.",
+        ),
+        (
+            "gate:0.5",
+            shape([1.0], full_depth_loaded=False),
+            "Exit policy gate:0.5 runs the full depth, but only blocks 1..6 were loaded. "
+            "HINT: Load the whole backbone (depth=None), or use an always:l policy.",
+        ),
+        (
+            "static:3",
+            shape(full_depth_loaded=False),
+            "Exit policy static:3 runs the full depth, but only blocks 1..6 were loaded. "
+            "HINT: Load the whole backbone (depth=None), or use an always:l policy.",
+        ),
+        ("static:7", shape(), "static has blocks=7, but the model has 6 blocks. HINT: Set it to 6 or less."),
+        (
+            "skipdecode:speed=4",
+            shape(),
+            "A speed of 4 leaves 1.5 of 6 blocks. HINT: With warmup=1 it can be 1 to 3.",
+        ),
+    ],
+)
+def test_policies_that_do_not_fit_a_model(text, model, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_policy(text).check(model)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("gate:0.5", shape([1.0])),
+        ("gate:0.5+0.6,cost_weight=0.3", shape([0.3, 1.0])),
+        ("skipdecode:max=6,min=2", shape()),
+        ("always:4", shape(full_depth_loaded=False)),
+    ],
+)
+def test_policies_that_fit_a_model(text, model):
+    parse_policy(text).check(model)
+
+
+def test_schedules_are_policies():
+    policy = parse_policy("skipdecode:max=9,min=4,length=48")
+    assert policy == Scheduled(SkipDecode(max=9, min=4, length=48))
+    assert str(policy) == "skipdecode:max=9,min=4,length=48"
+
+
+def gate_evidence(gates_RG: list[list[float]]) -> Evidence:
+    states = torch.ones(len(gates_RG), 2)
+    return Evidence(1, states, states, lambda: states, lambda cost_weight: torch.tensor(gates_RG))
+
+
+def test_a_gate_at_its_value_is_open():
+    both = gate_evidence([[0.5], [0.4999]])
+    assert Gated((0.5,)).leave(both).tolist() == [True, False]
+
+
+def test_each_exit_is_compared_with_its_own_value():
+    second = gate_evidence([[0.9, 0.5], [0.1, 0.3]])
+    assert Gated((0.2, 0.4)).leave(second).tolist() == [True, False]
+    assert Gated((0.4, 0.2)).leave(second).tolist() == [True, True]
+    assert Gated((0.4,)).leave(second).tolist() == [True, False], "one value for all"
+    # 0.3 of all, of the 0.6 that came so far, is 0.5.
+    assert Gated((0.5,), conditional=True).leave(gate_evidence([[0.4, 0.3001], [0.4, 0.2999]])).tolist() == [True, False]
+
+
 def test_a_threshold_is_strict():
     both = evidence([[0.5, 0.25, 0.25], [0.625, 0.25, 0.125]])
     assert Threshold(0.5).leave(both).tolist() == [False, True]
@@ -167,7 +315,7 @@ def test_a_policy_without_tests_is_never_asked():
 
 
 def test_a_policy_of_ones_own_runs():
-    class EveryOther(Policy):
+    class EveryOther(ExitPolicy):
         """The whole batch leaves at exit 1 at every second step."""
 
         def __init__(self):
@@ -180,7 +328,7 @@ def test_a_policy_of_ones_own_runs():
             self.step += 1
             return torch.full((len(seen.state_RD),), self.step % 2 == 0)
 
-    from eetrain import ExitConfig, MultiExitModel
+    from eetrain import MultiExitModel
     from eetrain.testing.tiny import tiny_model
 
     model = MultiExitModel(tiny_model("llama", eos_token_id=None), ExitConfig(layers=[1])).eval()

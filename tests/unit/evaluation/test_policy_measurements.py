@@ -6,22 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.image import imread
 
 from eetrain.data import PromptResponse, Text
 from eetrain.data.tokenization import Example, TextEncoder
 from eetrain.errors import ConfigError, DataError
 from eetrain.evaluation import (
+    Bootstrap,
     EvaluationSettings,
-    FrontierPoint,
     Report,
     agreement,
-    draw_frontier,
+    bleu,
     evaluate_policies,
     read_samples,
+    rouge_l,
     teacher_forced,
     timed_generate,
 )
+from eetrain.evaluation.quality import rouge_l_sums
 from eetrain.exits import ExitConfig, MultiExitModel
 from eetrain.testing.byte_level import byte_tokenizer
 from eetrain.testing.tiny import tiny_model
@@ -142,7 +143,11 @@ def report(model: MultiExitModel, encoder: TextEncoder, tmp_path_factory: pytest
     path.write_text(ROWS)
     samples = read_samples(str(path), QUESTION, encoder)
     settings = EvaluationSettings(
-        ("always:2", "threshold:0.01", "threshold:0.020,measure=max"), batch_size=2, max_new_tokens=6, repeats=2
+        ("always:2", "threshold:0.01", "threshold:0.020,measure=max"),
+        batch_size=2,
+        max_new_tokens=6,
+        repeats=2,
+        likelihood=True,
     )
     return evaluate_policies(model, encoder, samples, settings)
 
@@ -213,6 +218,46 @@ def test_exit_rows_hold_agreement_on_greedy_output_and_likelihood_of_references(
     assert report.exits[-1]["agreement"] == 1
 
 
+def test_likelihood_of_first_references(report: Report, model: MultiExitModel, encoder: TextEncoder, data: str) -> None:
+    samples = read_samples(data, QUESTION, encoder)
+    scores = teacher_forced(model, [sample.examples[0] for sample in samples])
+    for place, score in ((0, scores[2]), (1, scores[1])):
+        row = report.policies[place]
+        assert row["reference_nll"] == pytest.approx(score.nll)
+        assert row["reference_tokens"] == score.tokens
+    low = report.policies[0]["reference_nll"]
+    assert report.policies[1]["reference_nll_delta"] == pytest.approx(scores[1].nll - low)
+    assert report.policies[2]["reference_nll"] not in (pytest.approx(low), pytest.approx(scores[1].nll))
+
+
+def test_entries_hold_what_qualities_are_made_of(report: Report, model: MultiExitModel, encoder: TextEncoder) -> None:
+    for row in report.policies:
+        name = row["policy"]
+        alone = generated_alone(model, encoder, name)
+        assert [entry["tokens"][name] for entry in report.outputs] == [len(ids) for ids, *_ in alone]
+        assert [entry["depth_sums"][name] for entry in report.outputs] == [sum(trace) for _, trace, _ in alone]
+        total = sum(entry["nll_sums"][name] for entry in report.outputs)
+        assert row["reference_nll"] * sum(entry["reference_tokens"] for entry in report.outputs) == pytest.approx(total)
+        texts = [entry["texts"][name] for entry in report.outputs]
+        references = [entry["references"] for entry in report.outputs]
+        assert row["rouge_l"] == rouge_l(texts, references)
+        assert row["bleu"] == bleu(texts, references)
+
+
+def test_intervals_and_differences_to_never(report: Report) -> None:
+    never, cut = report.policies[:2]
+    assert [never[f"rouge_l_{end}"] for end in ("delta", "delta_low", "delta_high")] == [0, 0, 0]
+    found = {}
+    bootstrap = Bootstrap(3)
+    for row in (never, cut):
+        texts = [entry["texts"][row["policy"]] for entry in report.outputs]
+        found[row["policy"]] = bootstrap(rouge_l_sums(texts, [entry["references"] for entry in report.outputs]))
+        assert (row["rouge_l_low"], row["rouge_l_high"]) == found[row["policy"]].interval
+    difference = found["always:2"].minus(found["never"])
+    assert (cut["rouge_l_delta_low"], cut["rouge_l_delta_high"]) == difference.interval
+    assert cut["rouge_l_delta"] == difference.value
+
+
 def test_speeds_are_medians_over_the_timed_passes(report: Report) -> None:
     for row in report.policies:
         first, second = report.timings[row["policy"]]
@@ -235,7 +280,10 @@ def test_files_hold_the_same_numbers(report: Report, tmp_path: Path) -> None:
         "batch_size": 2,
         "max_new_tokens": 6,
         "repeats": 2,
+        "likelihood": True,
     }
+    assert stored["format"] == 2
+    assert stored["intervals"]["resamples"] == 1000
     assert stored["environment"]["dtype"] == "float64"
     assert stored["environment"]["versions"]["torch"] == torch.__version__
     with paths[1].open(newline="") as file:
@@ -262,6 +310,8 @@ def test_without_repeats_there_is_no_time(model: MultiExitModel, encoder: TextEn
     [row] = found.policies
     assert row["decode_seconds"] is None
     assert row["speedup"] is None
+    assert (row["reference_nll"], row["reference_tokens"], row["reference_nll_delta"]) == (None, None, None)
+    assert found.settings["likelihood"] is False
     assert row["blocks_per_token"] is None, "the only token of each text comes from the prompt's pass"
     assert steps[:3] == [("decoding", 1, 3), ("decoding", 2, 3), ("decoding", 3, 3)]
 
@@ -277,39 +327,3 @@ def test_policies_are_checked_before_anything_runs(model: MultiExitModel, encode
     samples = read_samples(data, QUESTION, encoder)
     with pytest.raises(ConfigError, match="the model has no exit after block 3"):
         evaluate_policies(model, encoder, samples, EvaluationSettings(("always:3",)), lambda *_: pytest.fail("ran"))
-
-
-def coloured(path: Path, colour: tuple[float, float, float]) -> int:
-    pixels = imread(path)[..., :3]
-    return int((abs(pixels - torch.tensor(colour).numpy()).max(axis=-1) < 0.01).sum())
-
-
-def test_frontier_gives_each_series_its_colour(tmp_path: Path) -> None:
-    blue, orange = (0, 0x72 / 255, 0xB2 / 255), (0xE6 / 255, 0x9F / 255, 0)
-    points = [FrontierPoint("never", 60.0, 4.0, 10.0), FrontierPoint("always:2", 50.0, 2.0, 19.0)]
-    draw_frontier(
-        [*points, FrontierPoint("always:3", 55.0, 3.0, 17.0)], tmp_path / "one.png", quality="BLEU", num_blocks=4
-    )
-    more = [*points, FrontierPoint("threshold:0.9", 58.0, 3.0, 15.0)]
-    draw_frontier(more, tmp_path / "two.png", quality="BLEU", num_blocks=4)
-    assert coloured(tmp_path / "one.png", blue) > 100
-    assert coloured(tmp_path / "one.png", orange) == 0
-    assert coloured(tmp_path / "two.png", orange) > 100
-
-
-def test_frontier_series_are_policies_but_for_their_first_number() -> None:
-    names = {
-        FrontierPoint(policy, 1.0, 1.0, None, model).series
-        for policy in ("threshold:0.5", "threshold:0.9", "threshold:0.9,repair=propagate", "always:6", "never")
-        for model in ("", "tuned")
-    }
-    kinds = {"threshold", "threshold, repair=propagate", "always", "never"}
-    assert names == kinds | {f"tuned: {kind}" for kind in kinds}
-    assert FrontierPoint("threshold:0.5,cap=3", 1.0, 1.0, None).number == "0.5"
-
-
-def test_frontier_without_times_has_one_panel(tmp_path: Path) -> None:
-    points = [FrontierPoint("never", 60.0, 4.0, None), FrontierPoint("always:2", 50.0, 2.0, None)]
-    draw_frontier(points, tmp_path / "one.png", quality="BLEU", num_blocks=4)
-    height, width, _ = imread(tmp_path / "one.png").shape
-    assert (width, height) == (910, 702)

@@ -3,8 +3,10 @@ from itertools import product
 from math import exp, log
 
 import pytest
+import sacrebleu
 
-from eetrain.evaluation import bleu, exact_match, summarise_depths
+from eetrain.evaluation import bleu, exact_match, rouge_l, summarise_depths
+from eetrain.evaluation.quality import bleu_sums
 
 TEXTS = ["the cat sat on the mat today", "a dog barks very loud at night"]
 REFERENCES = [
@@ -46,6 +48,55 @@ def test_bleu_with_unequal_numbers_of_references() -> None:
 
 def test_exact_match_with_any_reference() -> None:
     assert exact_match([" cat\n", "a dog", "x"], [["the cat", "cat"], ["dog"], ["X", "x"]]) == 2 / 3
+
+
+def test_sums_over_prompts_give_corpus_bleu_exactly() -> None:
+    texts = [*TEXTS, "", "cat", "It's 3.5 per-cent, they said; the cat ..."]
+    references = [*REFERENCES, ["something"], ["dog", "cats"], ["It's 3.5 per-cent, said the cat.", "no"]]
+    streams = [[row[place] if place < len(row) else None for row in references] for place in range(3)]
+    assert bleu_sums(texts, references).value == sacrebleu.corpus_bleu(texts, streams).score
+    assert bleu_sums(texts, references).value > 0
+    alone = bleu_sums(texts[3:4], references[3:4]).value
+    assert alone == sacrebleu.corpus_bleu(texts[3:4], [["dog"], ["cats"]]).score == 0
+
+
+def longest_common(one: list[str], other: list[str]) -> int:
+    """By trying all subsequences."""
+    found = 0
+    for chosen in product((False, True), repeat=len(one)):
+        words = [word for word, keep in zip(one, chosen, strict=True) if keep]
+        rest = iter(other)
+        if all(word in rest for word in words):
+            found = max(found, len(words))
+    return found
+
+
+def test_rouge_l_by_definition_with_the_best_reference() -> None:
+    best = []
+    for text, row in zip(TEXTS, REFERENCES, strict=True):
+        scores = []
+        for reference in row:
+            own, other = text.split(), reference.split()
+            common = longest_common(own, other)
+            precision, recall = common / len(own), common / len(other)
+            scores.append(2 * precision * recall / (precision + recall))
+        best.append(max(scores))
+    assert rouge_l(TEXTS, REFERENCES) == pytest.approx(100 * sum(best) / 2)
+    assert rouge_l(TEXTS, [row[-1:] for row in REFERENCES]) < rouge_l(TEXTS, REFERENCES)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "score"),
+    [
+        ("The CAT, sat!", "the cat sat", 100),
+        ("running", "run", 0),
+        ("caf\u00e9", "caf", 100),
+        ("\u732b", "\u732b", 0),
+        ("", "cat", 0),
+    ],
+)
+def test_what_rouge_takes_for_words(text: str, reference: str, score: float) -> None:
+    assert rouge_l([text], [[reference]]) == score
 
 
 def test_a_prompt_without_reference_is_refused() -> None:

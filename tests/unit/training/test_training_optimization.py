@@ -35,12 +35,15 @@ def named_parameters():
         ("model.backbone.frozen", nn.Parameter(torch.zeros(2, 2), requires_grad=False)),
         ("model.exits.1.norm.weight", nn.Parameter(torch.zeros(2))),
         ("model.exits.1.output.weight", nn.Parameter(torch.zeros(2, 2))),
+        ("model.gates.1.output.weight", nn.Parameter(torch.zeros(2, 2))),
+        ("model.gates.1.output.bias", nn.Parameter(torch.zeros(2))),
     ]
 
 
-def test_groups_decay_matrices_only_and_scale_the_rate_of_exits():
+def test_groups_decay_matrices_only_and_scale_the_rates_of_exits_and_gates():
     named = named_parameters()
-    groups = parameter_groups(named, OptimizerConfig(lr=0.5, weight_decay=0.3, exits_lr_multiplier=4.0))
+    config = OptimizerConfig(lr=0.5, weight_decay=0.3, exits_lr_multiplier=4.0, gates_lr_multiplier=6.0)
+    groups = parameter_groups(named, config)
     found = {id(p): (g["name"], g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert [found.get(id(p)) for _, p in named] == [
         ("backbone", 0.5, 0.3),
@@ -48,6 +51,8 @@ def test_groups_decay_matrices_only_and_scale_the_rate_of_exits():
         None,
         ("exits", 2.0, 0.0),
         ("exits", 2.0, 0.3),
+        ("gates", 3.0, 0.3),
+        ("gates", 3.0, 0.0),
     ]
 
 

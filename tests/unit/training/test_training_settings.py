@@ -1,7 +1,7 @@
 import pytest
 
 from eetrain.errors import ConfigError
-from eetrain.exits import ExitConfig
+from eetrain.exits import ExitConfig, GateConfig
 from eetrain.objectives import EETuning, MultiExitCrossEntropy
 from eetrain.training import BackboneConfig, EarlyExitModule, LoraSettings, ModelSettings, OptimizerConfig
 
@@ -19,10 +19,15 @@ EXITS = ExitConfig(layers=[1])
         (lambda: LoraSettings(dropout=1.0), "model.lora.dropout=1.0"),
         (lambda: OptimizerConfig(lr=0.0), "model.optimizer.lr=0.0 is out of its range"),
         (lambda: OptimizerConfig(min_lr_ratio=1.5), "model.optimizer.min_lr_ratio=1.5"),
+        (lambda: OptimizerConfig(gates_lr_multiplier=0.0), "model.optimizer.gates_lr_multiplier=0.0"),
         (lambda: OptimizerConfig(schedule_steps=0), "model.optimizer.schedule_steps=0"),
         (lambda: OptimizerConfig(warmup_steps=3, warmup_fraction=0.1), "warmup_steps=3 and warmup_fraction=0.1"),
         (lambda: ModelSettings(PATH, EXITS, "some"), "model.tuning='some' is not known"),
         (lambda: ModelSettings(BackboneConfig(path="a", load="exits"), EXITS), "but model.tuning=full trains"),
+        (
+            lambda: EarlyExitModule(PATH, ExitConfig(layers=[1], gates=GateConfig([1.0])), EETuning(), "frozen"),
+            "model.exits.gates is set, but the objective EETuning trains no gates",
+        ),
         (lambda: EarlyExitModule(PATH, EXITS, EETuning(), "lora"), "EETuning trains exits of a frozen backbone"),
         (
             lambda: EarlyExitModule(
@@ -45,7 +50,7 @@ def test_contradictions_are_refused(build, text):
 def test_settings_survive_as_plain_data():
     settings = ModelSettings(
         BackboneConfig(config={"model_type": "llama"}, dtype="bfloat16"),
-        ExitConfig(fractions=[0.25], head="mlp"),
+        ExitConfig(fractions=[0.25], head="mlp", gates=GateConfig([0.3, 1], hidden=4, position_length=20)),
         "lora",
         LoraSettings(rank=2, target_modules=["q_proj"]),
     )
