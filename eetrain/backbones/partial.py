@@ -77,5 +77,5 @@ def _places(active_BT: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seen(valid_BK: Tensor) -> Tensor:
-    """``valid_BK``, and one filler in rows that have nothing else: attention to no key at all may give NaN gradients."""
+    """``valid_BK``, and one filler in rows without any: attention to no key at all may give NaN gradients."""
     return valid_BK | (torch.arange(valid_BK.shape[1], device=valid_BK.device) == 0)

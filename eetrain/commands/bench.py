@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from eetrain.commands.bench_table import show_benchmark
-from eetrain.commands.evaluate import _template, split_policies
 from eetrain.commands.opening import as_list, open_for_decoding
 from eetrain.commands.output import print_json, progress
+from eetrain.commands.policies import split_policies
+from eetrain.commands.templates import chosen_template
 from eetrain.data import Template, Text
 from eetrain.data.tokenization import TextEncoder
 from eetrain.errors import ConfigError
@@ -110,7 +111,7 @@ def _prompt_source(
         raise ConfigError(f"--{idle[0]} is set, but there is no data.", hint="Set --data FILE, or leave it out.")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}, must be at least 1.", hint="Leave it out for one largest batch.")
-    return _template(template, prompt, response)
+    return chosen_template(template, prompt, response)
 
 
 def _default_policies(model: MultiExitModel) -> list[str]:

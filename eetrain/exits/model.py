@@ -212,6 +212,8 @@ class MultiExitModel(nn.Module):
     ) -> MultiExitOutput:
         """Run each block at some positions only and keep the output of the last one; exits see nothing.
 
+        Routers of a mixture of experts get no auxiliary loss: each of them sees other positions.
+
         Args:
             input_ids: ``[B, T]``.
             active_LBT: bool, where each of the ``L`` blocks runs; see :func:`eetrain.backbones.run_partially`.

@@ -102,8 +102,8 @@ def gate_logits(gates: Mapping[int, Gate], statistics: TokenStatistics, labels_N
 def predicted_index(labels_N: Tensor) -> Tensor:
     """Index within its generated text of the token that each position predicts: labels before it without a gap.
 
-    In decoding this is 0 for the position that ends the prompt. A text starts anew after its prompt, with every packed document and with every row. Positions without a
-    label get -1.
+    In decoding this is 0 for the position that ends the prompt. A text starts anew after its prompt, with every packed
+    document and with every row. Positions that predict nothing scored get -1.
     """
     places_N = torch.arange(len(labels_N), device=labels_N.device)
     valid_N = labels_N != IGNORE_INDEX

@@ -20,9 +20,9 @@ from eetrain.objectives.gate_targets import (
     ExitCosts,
     gate_logits,
     gate_loss,
-    predicted_index,
     optimal_exit,
     parse_exit_costs,
+    predicted_index,
     stop_targets,
 )
 from eetrain.objectives.linear_ce import IGNORE_INDEX, linear_cross_entropy, shift_labels

@@ -1,9 +1,9 @@
 """The one object behind SkipDecode and its relatives: position -> set of blocks.
 
-Positions are counted from the first generated token: the token fed in ``t`` steps after the prompt has index ``t``, all
-of the prompt has index -1. Sets never grow along a text. So a block that runs at some position has run at every earlier
-one and finds all keys and values it attends to: nothing is recomputed, copied or missing (SkipDecode, arXiv 2307.02628).
-Sets that never grow are the same as one number a block, its *reach*: it runs at all indices below.
+Positions are counted from the first generated token: the token fed in ``t`` steps after the prompt has index ``t``,
+all of the prompt has index -1. Sets never grow along a text. So a block that runs at some position has run at every
+earlier one and finds all keys and values it attends to: nothing is recomputed, copied or missing (SkipDecode, arXiv
+2307.02628). Sets that never grow are the same as one number a block, its *reach*: it runs at all indices below.
 """
 
 from __future__ import annotations

@@ -219,9 +219,7 @@ def main() -> None:
             other = row[name]
             low, high = other["interval"]
             depth = f" at depth {other['mean_depth']:.2f} ({other['measure']})" if "mean_depth" in other else ""
-            print(
-                f"  {name:<12} NLL {other['nll']:.4f}{depth}; gates {other['gates_minus_it']:+.4f} ", end=""
-            )
+            print(f"  {name:<12} NLL {other['nll']:.4f}{depth}; gates {other['gates_minus_it']:+.4f} ", end="")
             print(f"[{low:+.4f}, {high:+.4f}]")
 
 

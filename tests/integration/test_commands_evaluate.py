@@ -7,7 +7,8 @@ import pytest
 from small_checkpoint import write_checkpoint, write_plain
 
 from eetrain.cli import main
-from eetrain.commands.evaluate import evaluate, split_policies
+from eetrain.commands.evaluate import evaluate
+from eetrain.commands.policies import split_policies
 from eetrain.data import PromptResponse
 from eetrain.errors import ConfigError
 
@@ -165,7 +166,10 @@ def test_policies_of_one_string(given: str | list[str] | None, wanted: list[str]
             r"Both a template and --prompt",
         ),
         ({"prompt": "{question}", "response": "{answer}", "limit": 0}, r"limit=0, must be at least 1"),
-        ({"prompt": "{question}", "response": "{answer}", "policies": "measure=max"}, r"'measure=max' is none of never"),
+        (
+            {"prompt": "{question}", "response": "{answer}", "policies": "measure=max"},
+            r"'measure=max' is none of never",
+        ),
     ],
 )
 def test_refused(settings: dict[str, Any], message: str, folder: str, data: str) -> None:

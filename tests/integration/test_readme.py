@@ -45,14 +45,20 @@ def test_the_first_screen_names_the_two_scripts():
 def test_commands_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     body = commands("sh")[1].replace("\\\n", " ")
-    lines = [shlex.split(line) for line in body.splitlines() if line.strip()]
-    assert [line[1] for line in lines] == ["fit", "export", "generate", "evaluate"]
+    lines = [shlex.split(line, comments=True) for line in body.splitlines() if line.strip()]
+    assert [line[1] for line in lines] == [
+        *("fit", "export", "generate", "evaluate", "compare", "bench"),
+        *("fit", "export", "generate"),
+    ]
     for _, verb, *arguments in lines:
         arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
         if verb == "fit":
             arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "2"]
         assert main([verb, *arguments]) == 0, capsys.readouterr().err
-    for written in ("exported/exit_heads.safetensors", "tokens.html", "report/frontier.png", "report/results.csv"):
+    assert main(["generate", "halved", "--prompt", "name", "--max_new_tokens", "4", "--json"]) == 0
+    assert '"policy": "skipdecode:max=8,min=4,length=26"' in capsys.readouterr().out
+    files = ["exported/exit_heads.safetensors", "tokens.html", "report/frontier.png", "report/results.csv"]
+    for written in (*files, "comparison/frontier.png", "times/bench.csv"):
         assert (workplace / written).stat().st_size > 0
 
 

@@ -230,7 +230,8 @@ def shape(cost_weights: list[float] | None = None, **rest) -> Shape:
         (
             "gate:0.5,cost_weight=2",
             shape([0.3]),
-            "Exit policy gate:0.5,cost_weight=2: no gates were trained for cost_weight=2. HINT: There are gates for 0.3.",
+            "Exit policy gate:0.5,cost_weight=2: no gates were trained for cost_weight=2. "
+            "HINT: There are gates for 0.3.",
         ),
         (
             "gate:0.1+0.2+0.3",
@@ -299,7 +300,10 @@ def test_each_exit_is_compared_with_its_own_value():
     assert Gated((0.4, 0.2)).leave(second).tolist() == [True, True]
     assert Gated((0.4,)).leave(second).tolist() == [True, False], "one value for all"
     # 0.3 of all, of the 0.6 that came so far, is 0.5.
-    assert Gated((0.5,), conditional=True).leave(gate_evidence([[0.4, 0.3001], [0.4, 0.2999]])).tolist() == [True, False]
+    assert Gated((0.5,), conditional=True).leave(gate_evidence([[0.4, 0.3001], [0.4, 0.2999]])).tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_a_threshold_is_strict():

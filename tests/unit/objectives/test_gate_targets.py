@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from eetrain.errors import ConfigError
 from eetrain.objectives.gate_targets import (
     gate_loss,
-    predicted_index,
     optimal_exit,
     parse_exit_costs,
+    predicted_index,
     stop_targets,
 )
 

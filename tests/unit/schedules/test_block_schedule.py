@@ -84,7 +84,9 @@ def test_every_family_that_grows_is_refused():
 def test_sets_that_are_none(prompt, generated, found):
     with pytest.raises(ConfigError) as caught:
         BlockSchedule.from_sets(3, prompt=prompt, generated=generated)
-    assert str(caught.value) == f"The schedule runs {found}. HINT: Use at least one block at each position, from 1 to 3."
+    assert (
+        str(caught.value) == f"The schedule runs {found}. HINT: Use at least one block at each position, from 1 to 3."
+    )
 
 
 def test_the_start_of_the_text_is_kept_as_the_origin():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 from math import floor
 
 import pytest
@@ -49,7 +49,7 @@ def test_settings_of_the_paper(num_blocks):
         depths = [decayed_depth(t, deepest, shallowest, 128) for t in range(128)]
         assert Fraction(sum(depths), 128) == Fraction(average)
         sets = [set(bottom_and_top(num_blocks, depth, 1)) for depth in depths]
-        assert all(later <= earlier for earlier, later in zip(sets, sets[1:], strict=False))
+        assert all(later <= earlier for earlier, later in pairwise(sets))
         assert (len(sets[0]), len(sets[-1])) == (deepest, shallowest)
 
 

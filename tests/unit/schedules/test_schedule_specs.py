@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 from math import floor
 
 import pytest
@@ -77,7 +77,7 @@ def test_unified_keeps_the_ends_and_spaces_the_rest():
         assert blocks[-1] == num_blocks
         if len(blocks) > 1:
             assert blocks[0] == 1
-            gaps = {later - earlier for earlier, later in zip(blocks, blocks[1:], strict=False)}
+            gaps = {later - earlier for earlier, later in pairwise(blocks)}
             even = Fraction(num_blocks - 1, len(blocks) - 1)
             assert gaps <= {floor(even), -floor(-even)}
 

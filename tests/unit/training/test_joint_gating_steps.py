@@ -1,4 +1,4 @@
-"""Joint gating under the LightningModule: who learns in which phase, to the bit, and what a fit refuses and warns of."""
+"""Joint gating under the LightningModule: who learns in which phase, to the bit, and what is refused and warned of."""
 
 from __future__ import annotations
 
