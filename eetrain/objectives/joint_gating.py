@@ -76,6 +76,7 @@ class JointGating(Objective):
     """
 
     trains_gates: ClassVar[bool] = True
+    idles_parameters: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -78,8 +78,11 @@ class Objective(ABC):
     freezes_backbone: ClassVar[bool] = False
     """Whether only exit heads are trained."""
 
+    idles_parameters: ClassVar[bool] = False
+    """Whether a step may leave out trained parameters, which data parallelism must be told."""
+
     trains_gates: ClassVar[bool] = False
-    """Whether gates are trained, in turn with the rest, so that some parameters rest at every step."""
+    """Whether gates are trained."""
 
     def __init__(self) -> None:
         self.exit_layers: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class SkipDecode(Objective):
         ConfigError: a schedule that does not parse, or settings that contradict each other.
     """
 
+    idles_parameters: ClassVar[bool] = True
+
     def __init__(
         self,
         schedule: str,
@@ -77,9 +79,10 @@ class SkipDecode(Objective):
                 hint="Set model.exits.layers=[].",
             )
         self._schedule = self.spec.build(num_blocks)
-        if num_blocks not in self._schedule.active(schedules.FOREVER - 1):
+        if self._schedule.from_start and self.prompt_tokens is not None:
             raise ConfigError(
-                f"The schedule {self.spec} does not end in the last block.", hint="Use one that keeps it."
+                f"prompt_tokens={self.prompt_tokens}, but the schedule {self.spec} begins at the start of the text.",
+                hint="Leave prompt_tokens out, or use prompt=max or full.",
             )
         drawn = [self._schedule] if self.train_depth == "schedule" else self._range(num_blocks)
         self._reach_SL = torch.tensor([schedule.reach for schedule in drawn])

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 from eetrain import shorthand
 from eetrain.errors import ConfigError
 from eetrain.schedules.depths import bottom_and_top, bounds_for_speed, decayed_depth, evenly_spaced, spreading_order
-from eetrain.schedules.schedule import BlockSchedule
+from eetrain.schedules.schedule import FOREVER, BlockSchedule
 from eetrain.shorthand import Form
 
 PromptDepth = Literal["max", "full", "decay"]
@@ -30,13 +30,23 @@ PromptDepth = Literal["max", "full", "decay"]
 class ScheduleSpec(ABC):
     """A schedule before it knows the model."""
 
-    @abstractmethod
     def build(self, num_blocks: int) -> BlockSchedule:
         """The schedule for a model with ``num_blocks`` blocks.
 
         Raises:
             ConfigError: it does not fit.
         """
+        schedule = self._build(num_blocks)
+        if num_blocks not in schedule.active(FOREVER - 1):
+            raise ConfigError(
+                f"The schedule {self} does not end in the last block, whose output gives the logits.",
+                hint="Let it run more blocks, or fewer warm-up blocks.",
+            )
+        return schedule
+
+    @abstractmethod
+    def _build(self, num_blocks: int) -> BlockSchedule:
+        """The schedule, whatever it ends in."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class SkipDecode(ScheduleSpec):
         speed: instead of ``max`` and ``min``: run 1/speed of the blocks on average over ``length`` tokens.
         warmup: lowest blocks that always run.
         length: tokens the decay takes, a typical length of a text.
-        prompt: blocks of the prompt. ``max``: as many as the first generated token; ``full``: all; ``decay``: the
+        prompt: blocks of the prompt. ``max``: ``n_max``; ``full``: all; ``decay``: the
             decay begins at the prompt's first token, ``length`` then counts the prompt too.
 
     Raises:
@@ -101,14 +111,13 @@ class SkipDecode(ScheduleSpec):
             )
         return self.max, self.min
 
-    def build(self, num_blocks: int) -> BlockSchedule:
-        """See :meth:`ScheduleSpec.build`."""
+    def _build(self, num_blocks: int) -> BlockSchedule:
         deepest, shallowest = self.bounds(num_blocks)
         depths = [decayed_depth(index, deepest, shallowest, self.length) for index in range(self.length)]
         sets = [bottom_and_top(num_blocks, depth, self.warmup) for depth in depths]
-        prompt = sets[0] if self.prompt == "max" else tuple(range(1, num_blocks + 1))
+        prompt = bottom_and_top(num_blocks, num_blocks if self.prompt == "full" else deepest, self.warmup)
         if self.prompt == "decay":
-            return BlockSchedule.from_sets(num_blocks, prompt=sets[0], generated=sets, from_start=True)
+            return BlockSchedule.from_sets(num_blocks, prompt=prompt, generated=sets, from_start=True)
         return BlockSchedule.from_sets(num_blocks, prompt=prompt, generated=sets)
 
     def __str__(self) -> str:
@@ -133,8 +142,7 @@ class Static(ScheduleSpec):
         if self.warmup > self.blocks:
             raise ConfigError(f"static runs {self.blocks} blocks, but warmup={self.warmup}.", hint="Lower warmup.")
 
-    def build(self, num_blocks: int) -> BlockSchedule:
-        """See :meth:`ScheduleSpec.build`."""
+    def _build(self, num_blocks: int) -> BlockSchedule:
         _fits("static", "blocks", self.blocks, num_blocks)
         blocks = bottom_and_top(num_blocks, self.blocks, self.warmup)
         return BlockSchedule.from_sets(num_blocks, prompt=blocks, generated=[blocks])
@@ -160,8 +168,7 @@ class Unified(ScheduleSpec):
         if not self.speed >= 1:
             raise ConfigError(f"unified has speed={self.speed:g}.", hint="Set it to 1 or more.")
 
-    def build(self, num_blocks: int) -> BlockSchedule:
-        """See :meth:`ScheduleSpec.build`."""
+    def _build(self, num_blocks: int) -> BlockSchedule:
         depth = int(num_blocks / self.speed)
         if depth < 1:
             raise ConfigError(
@@ -183,7 +190,7 @@ class D3(ScheduleSpec):
 
     Args:
         alpha: in (0, 1].
-        min: the power law goes to 0; it stops here.
+        min: the power law goes to 0; it stops here, at 2 or more: one block at each end.
     """
 
     alpha: float
@@ -192,10 +199,9 @@ class D3(ScheduleSpec):
     def __post_init__(self) -> None:
         if not 0 < self.alpha <= 1:
             raise ConfigError(f"d3 has alpha={self.alpha:g}.", hint="Set it above 0 and to 1 at most.")
-        _at_least("d3", "min", self.min, 1)
+        _at_least("d3", "min", self.min, 2)
 
-    def build(self, num_blocks: int) -> BlockSchedule:
-        """See :meth:`ScheduleSpec.build`."""
+    def _build(self, num_blocks: int) -> BlockSchedule:
         _fits("d3", "min", self.min, num_blocks)
         depths = [num_blocks]
         steps = 0 if self.alpha == 1 else math.ceil(math.log(self.min / num_blocks) / math.log(self.alpha)) + 1
@@ -229,8 +235,7 @@ class HSD(ScheduleSpec):
         _at_least("hsd", "stages", self.stages, 2)
         _at_least("hsd", "length", self.length, self.stages - 1)
 
-    def build(self, num_blocks: int) -> BlockSchedule:
-        """See :meth:`ScheduleSpec.build`."""
+    def _build(self, num_blocks: int) -> BlockSchedule:
         _fits("hsd", "min", self.min, num_blocks)
         order, sets = spreading_order(num_blocks), []
         for index in range(self.length + 1):

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, MultiExitModel, MultiExitOutput
 from eetrain.objectives import MultiExitCrossEntropy, Objective, ObjectiveOutput, score
@@ -126,6 +127,8 @@ class EarlyExitModule(LightningModule):
         model, mask, positions = self._built(), batch.get("attention_mask"), batch.get("position_ids")
         active_LBT = self.objective.active_blocks(batch["labels"], positions, training=self.training)
         if active_LBT is not None:
+            if routers and has_routers(model.backbone):
+                rank_zero_warn("The routers get no auxiliary loss where blocks run at some positions only.")
             return model.run_scheduled(batch["input_ids"], active_LBT, mask, positions)
         output: MultiExitOutput = model(batch["input_ids"], mask, positions, full_depth=full_depth, routers=routers)
         return output
@@ -283,12 +286,12 @@ class EarlyExitModule(LightningModule):
 
     def _check_strategy(self) -> None:
         wrapper = self.trainer.strategy.model
-        if not (self.objective.trains_gates and isinstance(wrapper, DistributedDataParallel)):
+        if not (self.objective.idles_parameters and isinstance(wrapper, DistributedDataParallel)):
             return
         if not wrapper.find_unused_parameters:
             raise ConfigError(
-                f"The objective {type(self.objective).__name__} lets parameters rest in turn, and trainer.strategy=ddp "
-                "waits for the gradient of each.",
+                f"The objective {type(self.objective).__name__} leaves some parameters out of a step, and "
+                "trainer.strategy=ddp waits for the gradient of each.",
                 hint="Set trainer.strategy=ddp_find_unused_parameters_true.",
             )
 

@@ -101,6 +101,6 @@ def test_resting_parameters_stay_and_processes_agree():
 def test_plain_ddp_is_refused_when_the_fit_starts():
     for text in run_on_processes(refused, 2):
         assert text == (
-            "The objective JointGating lets parameters rest in turn, and trainer.strategy=ddp waits for the gradient "
-            "of each. HINT: Set trainer.strategy=ddp_find_unused_parameters_true."
+            "The objective JointGating leaves some parameters out of a step, and trainer.strategy=ddp waits for the "
+            "gradient of each. HINT: Set trainer.strategy=ddp_find_unused_parameters_true."
         )

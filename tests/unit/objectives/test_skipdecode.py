@@ -150,13 +150,15 @@ def test_settings_that_make_no_sense(settings, message):
             "static:3,warmup=3",
             (),
             {},
-            "The schedule static:3,warmup=3 does not end in the last block. HINT: Use one that keeps it.",
+            "The schedule static:3,warmup=3 does not end in the last block, whose output gives the logits. "
+            "HINT: Let it run more blocks, or fewer warm-up blocks.",
         ),
         (
-            "d3:0.5,min=1",
+            "skipdecode:max=8,min=3,prompt=decay",
             (),
-            {},
-            "The schedule d3:0.5,min=1 does not end in the last block. HINT: Use one that keeps it.",
+            {"prompt_tokens": 5},
+            "prompt_tokens=5, but the schedule skipdecode:max=8,min=3,prompt=decay begins at the start of the text. "
+            "HINT: Leave prompt_tokens out, or use prompt=max or full.",
         ),
         (
             "skipdecode:max=9,min=3",

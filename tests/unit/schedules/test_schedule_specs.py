@@ -35,8 +35,9 @@ def test_skipdecode_runs_the_published_sets_everywhere():
                 wanted = [
                     skipdecode_set(num_blocks, decayed_depth(t, most, least, length), warmup) for t in range(length + 4)
                 ]
+                first = skipdecode_set(num_blocks, most, warmup)
                 settings = {"max": most, "min": least, "warmup": warmup, "length": length}
-                for prompt, start in (("max", wanted[0]), ("full", set(everything(num_blocks))), ("decay", wanted[0])):
+                for prompt, start in (("max", first), ("full", set(everything(num_blocks))), ("decay", first)):
                     schedule = SkipDecode(**settings, prompt=prompt).build(num_blocks)
                     assert active_at(schedule, range(length + 4)) == wanted
                     assert set(schedule.active(-1)) == start
@@ -58,6 +59,10 @@ def test_a_speed_is_its_bounds():
 def test_static_is_skipdecode_without_decay_and_the_same_in_the_prompt():
     for num_blocks, blocks, warmup in product(range(1, 8), range(1, 8), range(4)):
         if not warmup <= blocks <= num_blocks:
+            continue
+        if warmup == blocks < num_blocks:
+            with pytest.raises(ConfigError, match="does not end in the last block"):
+                Static(blocks, warmup).build(num_blocks)
             continue
         schedule = Static(blocks, warmup).build(num_blocks)
         assert active_at(schedule, (-1, 0, 5, FOREVER - 1)) == [skipdecode_set(num_blocks, blocks, warmup)] * 4
@@ -83,7 +88,7 @@ def test_unified_keeps_the_ends_and_spaces_the_rest():
 
 
 def test_d3_is_its_power_law_with_the_middle_skipped():
-    for num_blocks, alpha, least in product((4, 7, 32), (0.5, 0.9, 0.98, 1.0), (1, 2, 4)):
+    for num_blocks, alpha, least in product((4, 7, 32), (0.5, 0.9, 0.98, 1.0), (2, 3, 4)):
         schedule = D3(alpha, least).build(num_blocks)
         for index in (*range(300), 10**6):
             depth = max(least, floor(num_blocks * alpha**index))
@@ -118,7 +123,7 @@ GRID = [
     ),
     *(Static(blocks, warmup) for blocks, warmup in product((3, 12), (0, 1, 2))),
     *(Unified(speed) for speed in (1.0, 1.25, 2.0, 3.3333333)),
-    *(D3(alpha, least) for alpha, least in product((0.98, 0.123456789, 1.0), (1, 2, 5))),
+    *(D3(alpha, least) for alpha, least in product((0.98, 0.123456789, 1.0), (2, 3, 5))),
     *(HSD(least, stages, length) for least, stages, length in product((1, 6), (2, 4), (16, 64))),
 ]
 
@@ -187,7 +192,7 @@ BOTH = "Set max and min, or speed alone: skipdecode:max=9,min=4 or skipdecode:sp
         ("d3:0", "d3 has alpha=0. HINT: Set it above 0 and to 1 at most."),
         ("d3:1.01", "d3 has alpha=1.01. HINT: Set it above 0 and to 1 at most."),
         ("d3:nan", "d3 has alpha=nan. HINT: Set it above 0 and to 1 at most."),
-        ("d3:0.9,min=0", "d3 has min=0. HINT: Set it to 1 or more."),
+        ("d3:0.9,min=1", "d3 has min=1. HINT: Set it to 2 or more."),
         ("hsd:0", "hsd has min=0. HINT: Set it to 1 or more."),
         ("hsd:3,stages=1", "hsd has stages=1. HINT: Set it to 2 or more."),
         ("hsd:3,stages=4,length=2", "hsd has length=2. HINT: Set it to 3 or more."),
