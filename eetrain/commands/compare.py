@@ -19,7 +19,12 @@ _COLUMNS = {
 
 
 def compare(
-    reports: list[str], baseline: str | None = None, metric: str = "bleu", out: str | None = None, json: bool = False
+    reports: list[str],
+    baseline: str | None = None,
+    metric: str = "bleu",
+    skip: int = 0,
+    out: str | None = None,
+    json: bool = False,
 ) -> int:
     """Compare checkpoints and policies that were evaluated on the same prompts.
 
@@ -28,10 +33,12 @@ def compare(
             adds times that were measured apart.
         baseline: NAME:POLICY that differences are taken to; by default never of the first report.
         metric: bleu, rouge_l, exact_match or nll.
+        skip: leave out the first so many prompts, on which thresholds were chosen, say; blocks/token and times stay
+            those of all prompts.
         out: folder for comparison.json, comparison.csv and frontier.png.
         json: write one JSON object.
     """
-    comparison = compare_reports([_named(report) for report in reports], metric, baseline)
+    comparison = compare_reports([_named(report) for report in reports], metric, baseline, skip)
     files = [str(path) for path in write_comparison(comparison, out)] if out is not None else []
     if json:
         print_json({**comparison.to_dict(), "files": files})

@@ -53,7 +53,9 @@ class Comparison:
         }
 
 
-def compare_reports(given: Sequence[tuple[str, str]], metric: str = "bleu", baseline: str | None = None) -> Comparison:
+def compare_reports(
+    given: Sequence[tuple[str, str]], metric: str = "bleu", baseline: str | None = None, skip: int = 0
+) -> Comparison:
     """Put report folders together.
 
     Rows hold ``model`` (the name given), ``policy``, ``quality`` with ``low`` and ``high``; the paired difference to
@@ -66,9 +68,11 @@ def compare_reports(given: Sequence[tuple[str, str]], metric: str = "bleu", base
             name give the times, and may have been measured on fewer prompts. They then replace the first one's.
         metric: a key of ``METRICS``.
         baseline: ``NAME:POLICY``, or a name for its ``never``; the first name's ``never`` if left out.
+        skip: leave out the first so many prompts, on which thresholds were chosen, say; ``blocks_per_token`` and times
+            stay those of all prompts.
 
     Raises:
-        ConfigError: the metric or the baseline is not there.
+        ConfigError: the metric or the baseline is not there, or no prompt is left.
         DataError: a folder is no report, reports differ in their prompts, or they lack the metric.
     """
     if metric not in METRICS:
@@ -79,6 +83,7 @@ def compare_reports(given: Sequence[tuple[str, str]], metric: str = "bleu", base
     reports = [group[0] for group in groups.values()]
     for other in reports[1:]:
         check_same_prompts(reports[0], other)
+    _leave_out(skip, reports)
     if metric == "nll":
         _check_same_tokens(reports)
     wanted = _found(baseline, reports)
@@ -153,12 +158,27 @@ def _costs(group: Sequence[StoredReport]) -> dict[str, dict[str, float | None]]:
         times |= {policy: row for policy, row in report.rows.items() if policy in first.rows}
     return {
         policy: {
-            "mean_depth": row["mean_depth"],
+            "mean_depth": _mean_depth(first, policy),
             "blocks_per_token": row["blocks_per_token"],
             **{name: times[policy][name] if policy in times else None for name in _TIMINGS},
         }
         for policy, row in first.rows.items()
     }
+
+
+def _leave_out(skip: int, reports: Sequence[StoredReport]) -> None:
+    have = len(reports[0].entries)
+    if not 0 <= skip < have:
+        raise ConfigError(
+            f"skip={skip} of {have} prompts.", hint="Leave out fewer prompts than there are, or none with 0."
+        )
+    for report in reports:
+        del report.entries[:skip]
+
+
+def _mean_depth(report: StoredReport, policy: str) -> float:
+    depths = sum(entry["depth_sums"][policy] for entry in report.entries)
+    return float(depths / sum(entry["tokens"][policy] for entry in report.entries))
 
 
 def _found(baseline: str | None, reports: Sequence[StoredReport]) -> tuple[str, str]:

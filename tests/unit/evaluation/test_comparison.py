@@ -32,7 +32,7 @@ def entries(texts: dict[str, list[str]], **changes: Any) -> list[dict[str, Any]]
             "references": REFERENCES[place],
             "texts": {policy: own[place] for policy, own in texts.items()},
             "tokens": dict.fromkeys(texts, 4),
-            "depth_sums": dict.fromkeys(texts, 16),
+            "depth_sums": {policy: 4 * depth for policy, depth in zip(texts, (4, 2, 3), strict=False)},
             "nll_sums": {policy: NLL[policy][place] for policy in texts},
             "reference_tokens": TOKENS[place],
             **changes,
@@ -117,6 +117,24 @@ def test_the_evaluation_itself_has_the_same_numbers(one: str) -> None:
                 own[f"{metric.column}_delta_high"],
             )
     assert stored[1]["reference_tokens"] == 15
+
+
+def test_prompts_that_something_was_tuned_on_are_left_out(one: str, two: str) -> None:
+    found = compare_reports([("a", one), ("b", two)], "bleu", skip=1)
+    assert found.prompts == 2
+    for row, texts in zip(found.rows, (FULL, CUT, OTHER), strict=True):
+        assert row["quality"] == pytest.approx(bleu(texts[1:], REFERENCES[1:]), abs=1e-9)
+    for wrong in (-1, 3):
+        with pytest.raises(ConfigError, match=f"^skip={wrong} of 3 prompts. HINT: Leave out fewer"):
+            compare_reports([("a", one)], skip=wrong)
+
+
+def test_mean_depth_is_that_of_the_prompts_compared(tmp_path: Path) -> None:
+    outputs = entries({"never": FULL, "always:2": CUT})
+    outputs[0]["depth_sums"]["always:2"], outputs[0]["tokens"]["always:2"] = 30, 10
+    folder = report(tmp_path / "uneven", outputs)
+    assert compare_reports([("a", folder)]).rows[1]["mean_depth"] == (30 + 8 + 8) / 18
+    assert compare_reports([("a", folder)], skip=1).rows[1]["mean_depth"] == 2.0
 
 
 def test_times_measured_apart_replace_the_first_ones(tmp_path: Path, two: str) -> None:
