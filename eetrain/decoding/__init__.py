@@ -2,17 +2,8 @@
 
 from eetrain.decoding.generation import generate
 from eetrain.decoding.loop import EarlyExitOutput
-from eetrain.decoding.policies import (
-    Always,
-    ExitPolicy,
-    Gated,
-    Never,
-    Policy,
-    Route,
-    Scheduled,
-    Threshold,
-    parse_policy,
-)
+from eetrain.decoding.policies import Always, Gated, Never, Scheduled, Threshold, parse_policy
+from eetrain.decoding.policy import ExitPolicy, Policy, Route
 from eetrain.decoding.start import start
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eetrain.backbones import Call, Harvest, call_block
 from eetrain.decoding.cache import KeysStoredError, Window
 from eetrain.decoding.confidence import Evidence
-from eetrain.decoding.policies import ExitPolicy
+from eetrain.decoding.policy import ExitPolicy
 from eetrain.decoding.runner import Runner
 from eetrain.errors import UnsupportedModelError
 from eetrain.exits.gating import gate_features

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from eetrain.decoding.loop import EarlyExitOutput, decode
-from eetrain.decoding.policies import Never, Policy, parse_policy
+from eetrain.decoding.policies import Never, parse_policy
+from eetrain.decoding.policy import Policy
 from eetrain.decoding.start import start
 from eetrain.errors import ConfigError, UnsupportedModelError
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from eetrain.decoding.exit_runner import ExitRunner
-from eetrain.decoding.policies import ExitPolicy, Policy, Scheduled, parse_policy
+from eetrain.decoding.policies import Scheduled, parse_policy
+from eetrain.decoding.policy import ExitPolicy, Policy
 from eetrain.decoding.runner import Runner
 from eetrain.decoding.schedule_runner import ScheduleRunner
 

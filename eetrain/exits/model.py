@@ -33,7 +33,7 @@ from eetrain.exits.gates import Gate
 from eetrain.exits.heads import ExitHead, build_head
 
 if TYPE_CHECKING:
-    from eetrain.decoding.policies import Policy
+    from eetrain.decoding.policy import Policy
 
 
 @dataclass(frozen=True)

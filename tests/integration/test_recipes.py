@@ -18,8 +18,12 @@ def test_their_number():
         "e2e/ee_tuning.yaml",
         "e2e/joint_gating.yaml",
         "e2e/multi_exit.yaml",
+        "e2e/skipdecode.yaml",
+        "e2e/skipdecode_range.yaml",
         "quickstart/exits.yaml",
         "quickstart/pretrain.yaml",
+        "shakespeare/pretrain.yaml",
+        "shakespeare/skipdecode.yaml",
     ]
 
 

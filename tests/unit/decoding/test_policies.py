@@ -12,7 +12,7 @@ import torch
 from eetrain import ExitConfig
 from eetrain.decoding import Always, ExitPolicy, Gated, Never, Route, Scheduled, Threshold, parse_policy
 from eetrain.decoding.confidence import Evidence
-from eetrain.decoding.policies import Repair
+from eetrain.decoding.policy import Repair
 from eetrain.errors import ConfigError
 from eetrain.exits.gates import GateConfig
 from eetrain.schedules import SkipDecode
