@@ -108,7 +108,8 @@ class Gated(ExitPolicy):
         value: for all exits, or one for each exit, shallowest first (``0.4+0.5+0.6``).
         cost_weight: which gates of a checkpoint with several; may be left out where there is one.
         conditional: compare the probability of leaving here *given* that the token came this far, as the paper's code
-            does, instead of the gate's own output; the two agree for gates that rise with depth.
+            does, instead of the gate's own output. It leaves at the same exit or a shallower one; where gates step
+            from 0 to 1, as their targets do, the two agree.
         repair: see :class:`ExitPolicy`.
         cap: see :class:`ExitPolicy`.
     """

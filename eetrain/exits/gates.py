@@ -87,8 +87,8 @@ def cost_name(weight: float) -> str:
 class Gate(nn.Module):
     """The gates of one exit, one for every cost weight: ``g_k = sigmoid(w_k . features + b_k)``.
 
-    Output weights start at 0 and biases at -1: an untrained gate lets no token leave, and its first gradients depend on
-    the data only. Parameters stay in float32 when the model is cast to 16 bit, and are used without autocast: tokens
+    Output weights start at 0 and biases just below: an untrained gate lets no token leave, and only the data say where
+    it goes first. Parameters stay in float32 when the model is cast to 16 bit, and are used without autocast: tokens
     that a gate must tell apart can differ by less than bfloat16 resolves.
 
     Args:
@@ -102,7 +102,7 @@ class Gate(nn.Module):
         self.inner = nn.Linear(width, config.hidden, dtype=torch.float32) if config.hidden else None
         self.output = nn.Linear(config.hidden or width, len(config.cost_weights), dtype=torch.float32)
         nn.init.zeros_(self.output.weight)
-        nn.init.constant_(self.output.bias, -1.0)
+        nn.init.constant_(self.output.bias, -0.1)
 
     def forward(self, features_N4: Tensor, index_N: Tensor | None = None) -> Tensor:
         """Logits ``[N, K]``; the gate's output is their sigmoid.
