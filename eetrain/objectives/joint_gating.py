@@ -137,6 +137,10 @@ class JointGating(Objective):
         turn = (step - self.warmup_steps) // self.phase_steps
         return "gates" if turn % 2 == 0 else "exits"
 
+    def exit_policy(self) -> str | None:
+        """The gates, if there is one trade-off; among several the user chooses."""
+        return "gate:0.5" if len(self._cost_weights) == 1 else None
+
     def trains_model_at(self, step: int) -> bool:
         """Whether it is not the gates' turn."""
         return self.phase(step) != "gates"

@@ -57,6 +57,7 @@ def test_commands_run(workplace, monkeypatch, capsys):
         assert main([verb, *arguments]) == 0, capsys.readouterr().err
     assert main(["generate", "halved", "--prompt", "name", "--max_new_tokens", "4", "--json"]) == 0
     assert '"policy": "skipdecode:max=8,min=4,length=26"' in capsys.readouterr().out
+    assert "trained to decode under `skipdecode:max=8,min=4,length=26`" in (workplace / "halved/README.md").read_text()
     files = ["exported/exit_heads.safetensors", "tokens.html", "report/frontier.png", "report/results.csv"]
     for written in (*files, "comparison/frontier.png", "times/bench.csv"):
         assert (workplace / written).stat().st_size > 0

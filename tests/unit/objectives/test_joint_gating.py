@@ -240,3 +240,10 @@ def test_a_run_that_ends_before_the_gates_had_their_turn_is_refused():
         ConfigError, match=r"gates in steps 2 to 5 first, but the run ends after 4.*HINT: Set warmup_st"
     ):
         bound.check_run(4)
+
+
+def test_one_trade_off_is_a_policy_to_decode_with():
+    bound = objective()
+    assert bound.exit_policy() is None
+    bound.bind_gates([0.3])
+    assert bound.exit_policy() == "gate:0.5"
