@@ -16,9 +16,9 @@ from eetrain.commands.templates import chosen_template
 from eetrain.data import Template, Text
 from eetrain.data.tokenization import TextEncoder
 from eetrain.errors import ConfigError
-from eetrain.evaluation.bench_costs import write_costs
-from eetrain.evaluation.bench_prompts import Workload, random_prompts, real_prompts
-from eetrain.evaluation.benchmark import BenchSettings, run_benchmark
+from eetrain.evaluation.bench.benchmark import BenchSettings, run_benchmark
+from eetrain.evaluation.bench.costs import write_costs
+from eetrain.evaluation.bench.prompts import Workload, random_prompts, real_prompts
 from eetrain.evaluation.samples import read_samples
 from eetrain.exits import MultiExitModel
 

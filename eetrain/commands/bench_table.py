@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from eetrain.commands.output import print_table
-from eetrain.evaluation.bench_report import Benchmark
-from eetrain.evaluation.bench_rows import Setting
+from eetrain.evaluation.bench.report import Benchmark
+from eetrain.evaluation.bench.rows import Setting
 
 _COLUMNS = {
     "candidate": "candidate",

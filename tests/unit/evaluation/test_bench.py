@@ -9,8 +9,10 @@ import torch
 from eetrain.decoding import Scheduled, Threshold, parse_policy
 from eetrain.decoding.confidence import Evidence
 from eetrain.errors import ConfigError, DataError
-from eetrain.evaluation import Sample, Timing, bench_profile, timing
-from eetrain.evaluation.bench_candidates import (
+from eetrain.evaluation import Sample, Timing, timing
+from eetrain.evaluation.bench import profile as bench_profile
+from eetrain.evaluation.bench.benchmark import BenchSettings, run_benchmark
+from eetrain.evaluation.bench.candidates import (
     Candidate,
     Run,
     cut_backbone,
@@ -20,11 +22,10 @@ from eetrain.evaluation.bench_candidates import (
     run_once,
     static_baseline,
 )
-from eetrain.evaluation.bench_costs import exit_costs
-from eetrain.evaluation.bench_profile import profile_policy
-from eetrain.evaluation.bench_prompts import Workload, random_prompts, real_prompts
-from eetrain.evaluation.bench_rows import Measured, Setting, bench_row
-from eetrain.evaluation.benchmark import BenchSettings, run_benchmark
+from eetrain.evaluation.bench.costs import exit_costs
+from eetrain.evaluation.bench.profile import profile_policy
+from eetrain.evaluation.bench.prompts import Workload, random_prompts, real_prompts
+from eetrain.evaluation.bench.rows import Measured, Setting, bench_row
 from eetrain.exits import ExitConfig, GateConfig, MultiExitModel
 from eetrain.testing.tiny import tiny_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eetrain.errors import ConfigError
-from eetrain.evaluation.bench_rows import Setting, bench_row
+from eetrain.evaluation.bench.rows import Setting, bench_row
 
 FORMAT = 1
 
@@ -37,7 +37,7 @@ class Benchmark:
         return replace(self, settings={**settings, **self.settings})
 
     def rows(self, setting: Setting) -> list[dict[str, Any]]:
-        """One flat row a candidate, see :func:`eetrain.evaluation.bench_rows.bench_row`."""
+        """One flat row a candidate, see :func:`eetrain.evaluation.bench.rows.bench_row`."""
         return [bench_row(entry, setting, self.num_blocks) for entry in setting.measured]
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 from eetrain.errors import ConfigError
-from eetrain.evaluation.bench_report import Benchmark
-from eetrain.evaluation.bench_rows import Setting, ratio
+from eetrain.evaluation.bench.report import Benchmark
+from eetrain.evaluation.bench.rows import Setting, ratio
 
 
 def exit_costs(setting: Setting, exit_layers: Sequence[int]) -> dict[int, float]:

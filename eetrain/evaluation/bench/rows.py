@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from eetrain.evaluation.bench_candidates import Candidate, Run
-from eetrain.evaluation.bench_profile import StepProfile
-from eetrain.evaluation.bench_prompts import Workload
+from eetrain.evaluation.bench.candidates import Candidate, Run
+from eetrain.evaluation.bench.profile import StepProfile
+from eetrain.evaluation.bench.prompts import Workload
 from eetrain.evaluation.timing import Timing
 
 

@@ -15,7 +15,7 @@ import torch
 
 from eetrain.decoding import Policy, parse_policy
 from eetrain.errors import ConfigError
-from eetrain.evaluation.bench_candidates import (
+from eetrain.evaluation.bench.candidates import (
     Candidate,
     Run,
     cut_baseline,
@@ -24,10 +24,10 @@ from eetrain.evaluation.bench_candidates import (
     run_once,
     static_baseline,
 )
-from eetrain.evaluation.bench_profile import profile_policy
-from eetrain.evaluation.bench_prompts import Workload
-from eetrain.evaluation.bench_report import Benchmark
-from eetrain.evaluation.bench_rows import Measured, Setting
+from eetrain.evaluation.bench.profile import profile_policy
+from eetrain.evaluation.bench.prompts import Workload
+from eetrain.evaluation.bench.report import Benchmark
+from eetrain.evaluation.bench.rows import Measured, Setting
 from eetrain.evaluation.environment import environment
 from eetrain.evaluation.timing import Timing
 

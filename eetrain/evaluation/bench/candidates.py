@@ -21,7 +21,7 @@ from transformers import CompileConfig
 from eetrain.backbones import blocks_of
 from eetrain.backbones.shadow import shadow
 from eetrain.decoding import EarlyExitOutput, Policy
-from eetrain.evaluation.bench_prompts import Workload
+from eetrain.evaluation.bench.prompts import Workload
 from eetrain.evaluation.timing import Clock, Timing
 
 if TYPE_CHECKING:

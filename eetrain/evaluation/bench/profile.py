@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from eetrain.backbones import Projection, blocks_of, decoder_of, final_norm
 from eetrain.decoding import ExitPolicy, Policy
-from eetrain.evaluation.bench_candidates import policy_candidate, run_once
-from eetrain.evaluation.bench_prompts import Workload
+from eetrain.evaluation.bench.candidates import policy_candidate, run_once
+from eetrain.evaluation.bench.prompts import Workload
 from eetrain.evaluation.timing import Clock
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Decoding speed: policies against transformers, interleaved in one process."""
