@@ -129,13 +129,13 @@ class Gated(ExitPolicy):
 
     def check(self, model: Decodable) -> None:
         """See :meth:`Policy.check`."""
-        super().check(model)
         gates = model.config.gates
         if gates is None:
             raise ConfigError(
                 f"Exit policy {self}: the model has no gates.",
                 hint="Train them with eetrain.objectives.JointGating, or use threshold:0.9.",
             )
+        super().check(model)
         known = ", ".join(f"{weight:g}" for weight in gates.cost_weights)
         if self.cost_weight is None and len(gates.cost_weights) > 1:
             raise ConfigError(
