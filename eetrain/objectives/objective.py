@@ -81,6 +81,9 @@ class Objective(ABC):
     idles_parameters: ClassVar[bool] = False
     """Whether a step may leave out trained parameters, which data parallelism must be told."""
 
+    schedule: str | None = None
+    """The schedule under which the model runs in training and validation, if not all blocks run everywhere."""
+
     trains_gates: ClassVar[bool] = False
     """Whether gates are trained."""
 

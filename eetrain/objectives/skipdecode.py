@@ -60,6 +60,7 @@ class SkipDecode(Objective):
     ) -> None:
         super().__init__()
         self.spec = parse_schedule(schedule)
+        self.schedule = str(self.spec)
         self.train_depth, self.speeds, self.prompt_tokens, self._kernel = train_depth, speeds, prompt_tokens, kernel
         self._check()
         self._schedule: BlockSchedule | None = None
@@ -106,7 +107,7 @@ class SkipDecode(Objective):
 
     def exit_policy(self) -> str | None:
         """The schedule trained for."""
-        return str(self.spec)
+        return self.schedule
 
     def __call__(
         self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False

@@ -130,7 +130,8 @@ class ExitTable(Callback):
     def _show(self, trainer: Trainer, pl_module: LightningModule, stage: str, title: str) -> None:
         scores = pl_module.scores.get(stage)
         if trainer.is_global_zero and scores:
-            show_exits(title, scores)
+            schedule = pl_module.objective.schedule
+            show_exits(title if schedule is None else f"{title}, under {schedule}", scores)
             show_gates(scores)
 
 

@@ -54,7 +54,9 @@ def test_the_loss_logged_is_that_of_the_schedule(tmp_path, capsys):
     """Validation of a trained run, computed again from the exported folder with the objective's own graph."""
     base = write_run(tmp_path)
     assert fit(base, *RANDOM, "--json") == 0
-    logged = json.loads(capsys.readouterr().out)["metrics"]["val/nll/full"]
+    printed = capsys.readouterr()
+    assert f"Validation, under {POLICY}" in printed.err, "the row of the table is not the full depth here"
+    logged = json.loads(printed.out)["metrics"]["val/nll/full"]
     model = MultiExitModel.from_pretrained(exported(tmp_path)).eval()
     total, count = 0.0, 0
     for line in (tmp_path / "eval.jsonl").read_text().splitlines():
