@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_run_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("policy", "message"), [("sometimes", "'sometimes' is not a policy"), ("always:3", "no exit after block 3")]
+    ("policy", "message"), [("sometimes", "'sometimes' is none of never"), ("always:3", "no exit after block 3")]
 )
 def test_a_default_policy_must_fit(tmp_path, capsys, policy, message):
     run = fit(tmp_path, *FROZEN)
