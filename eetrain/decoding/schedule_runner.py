@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eetrain.decoding.cache import Window
 from eetrain.decoding.runner import Runner
-from eetrain.schedules import BlockSchedule
+from eetrain.schedules import PROMPT, BlockSchedule
 
 if TYPE_CHECKING:
     from eetrain.exits import MultiExitModel
@@ -86,9 +86,9 @@ class ScheduleRunner(Runner):
     def _index(self) -> Tensor:
         """The schedule's index of every slot, ``[B, slots]``; padding counts as prompt."""
         if self.schedule.from_start:
-            return self.positions if self.mask is None else self.positions.masked_fill(self.mask == 0, -1)
+            return self.positions if self.mask is None else self.positions.masked_fill(self.mask == 0, PROMPT)
         index = torch.arange(self.ids.shape[1], device=self.ids.device) - self.prompt_slots
-        return index.clamp(min=-1).expand_as(self.ids)
+        return index.clamp(min=PROMPT).expand_as(self.ids)
 
     def _logits(self, state_BTD: Tensor) -> Tensor:
         logits: Tensor = self.projection(self.norm(state_BTD[:, -1:]))[:, -1]

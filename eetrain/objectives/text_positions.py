@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from eetrain.objectives.linear_ce import IGNORE_INDEX
-
-PROMPT = -1
+from eetrain.schedules import PROMPT
 
 
 def generated_index(

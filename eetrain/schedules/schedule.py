@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from eetrain.errors import ConfigError
 
 PROMPT = -1
+"""Index of the prompt's positions."""
 FOREVER = 2**31 - 1
 """Reach of a block that never stops running; fits a 32-bit integer."""
 
@@ -89,10 +90,6 @@ class BlockSchedule:
     def depth(self, index: int) -> int:
         """Number of blocks that run at an index."""
         return sum(index < reach for reach in self.reach)
-
-    def total(self, tokens: int) -> int:
-        """Blocks executed for the generated indices ``0..tokens-1``."""
-        return sum(min(max(reach, 0), tokens) for reach in self.reach)
 
 
 def _reach(block: int, sets: Sequence[frozenset[int]]) -> int:
