@@ -50,7 +50,7 @@ def points(comparison: Comparison) -> list[FrontierPoint]:
             row["policy"],
             row["quality"],
             row["blocks_per_token"],
-            row["decode_tokens_per_second"],
+            row["speedup"],
             model=row["model"],
             low=row["low"],
             high=row["high"],

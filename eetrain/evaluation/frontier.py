@@ -44,7 +44,7 @@ def draw_frontier(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    timed = any(point.tokens_per_second is not None for point in points)
+    timed = any(point.speedup is not None for point in points)
     several = len({point.model for point in points}) > 1
     figure = Figure(figsize=(12.5 if timed else 7, 7 if several else 5.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -54,7 +54,7 @@ def draw_frontier(
     _panel(panels[0], points, styles, lambda point: point.blocks, f"blocks per token, repair included{of}")
     panels[0].set_ylabel(f"{quality} (less is better)" if lower_is_better else quality, fontsize=12)
     if timed:
-        _panel(panels[1], points, styles, lambda point: point.tokens_per_second, "decoded tokens per second")
+        _panel(panels[1], points, styles, lambda point: point.speedup, "decoding speed, times never of the same run")
     if lower_is_better:
         panels[0].invert_yaxis()
     handles = _legend(points, styles, several)

@@ -71,7 +71,7 @@ class Report:
                 row["policy"],
                 row[column],
                 row["blocks_per_token"],
-                row["decode_tokens_per_second"],
+                row["speedup"],
                 low=row[f"{column}_low"],
                 high=row[f"{column}_high"],
             )

@@ -52,7 +52,10 @@ def test_frontier_without_times_has_one_panel(tmp_path: Path) -> None:
         ("threshold:0.7,measure=margin,cap=3", "threshold, margin, cap=3", "0.7"),
         ("threshold:0.7,exits=3+6", "threshold, exits=3+6", "0.7"),
         ("skipdecode:max=9,min=3", "skipdecode max/min", "9/3"),
-        ("skipdecode:speed=2,length=48,prompt=full", "skipdecode speed/length, full", "2/48"),
+        ("skipdecode:speed=2,length=48,prompt=full", "skipdecode speed, length=48, full", "2"),
+        ("gate:0.5,cost_weight=0.3,repair=propagate", "gate cost_weight, propagate", "0.3"),
+        ("gate:0.7,cost_weight=0.3", "gate cost_weight, 0.7", "0.3"),
+        ("gate:0.5", "gate", "0.5"),
         ("speculative:exit=4,draft=6", "speculative exit/draft", "4/6"),
     ],
 )
