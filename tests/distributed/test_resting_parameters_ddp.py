@@ -1,4 +1,4 @@
-"""Joint gating on two processes: resting parameters stay, gradients and metrics are those of one process."""
+"""Objectives that leave parameters out of a step, on two processes: these rest, and all else is as on one process."""
 
 import functools
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, GateConfig, MultiExitModel
-from eetrain.objectives import JointGating
+from eetrain.objectives import JointGating, SkipDecode
 from eetrain.testing.processes import run_on_processes
 from eetrain.testing.tiny import tiny_model
 from eetrain.training import EarlyExitModule
@@ -48,11 +48,19 @@ def part(rank, num):
     return batches
 
 
-def run(strategy):
-    rank, num = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    config = ExitConfig(layers=[1, 2], gates=GateConfig([0.2, 2.0]))
+def gated():
     # Balance and the rescaling of the exits' phase are by batch, and a batch is another one on one process.
     objective = JointGating(warmup_steps=1, phase_steps=1, class_balance=False)
+    return ExitConfig(layers=[1, 2], gates=GateConfig([0.2, 2.0])), objective
+
+
+def scheduled():
+    return ExitConfig(layers=[]), SkipDecode("static:3", prompt_tokens=2)
+
+
+def run(strategy, settings=gated):
+    rank, num = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    config, objective = settings()
     module = EarlyExitModule.from_model(MultiExitModel(tiny_model(), config), objective)
     keep, loader = Keep(), functools.partial(DataLoader, part(rank, num), batch_size=None)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
@@ -74,9 +82,12 @@ def run(strategy):
 
 
 def refused():
-    with pytest.raises(ConfigError) as caught:
-        run("ddp")
-    return str(caught.value)
+    found = []
+    for settings in (gated, scheduled):
+        with pytest.raises(ConfigError) as caught:
+            run("ddp", settings)
+        found.append(str(caught.value))
+    return found
 
 
 def test_resting_parameters_stay_and_processes_agree():
@@ -99,8 +110,9 @@ def test_resting_parameters_stay_and_processes_agree():
 
 
 def test_plain_ddp_is_refused_when_the_fit_starts():
-    for text in run_on_processes(refused, 2):
-        assert text == (
-            "The objective JointGating leaves some parameters out of a step, and trainer.strategy=ddp waits for the "
+    for texts in run_on_processes(refused, 2):
+        assert texts == [
+            f"The objective {name} leaves some parameters out of a step, and trainer.strategy=ddp waits for the "
             "gradient of each. HINT: Set trainer.strategy=ddp_find_unused_parameters_true."
-        )
+            for name in ("JointGating", "SkipDecode")
+        ]
