@@ -78,4 +78,6 @@ def _table(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -170,4 +170,7 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         ) from error
 
 
-_CARD_COLUMNS = ("policy", "bleu", "exact_match", "mean_depth", "tokens_per_second")
+_CARD_COLUMNS = (
+    *("policy", "bleu", "bleu_low", "bleu_high", "rouge_l", "exact_match"),
+    *("mean_depth", "blocks_per_token", "decode_tokens_per_second", "speedup"),
+)
