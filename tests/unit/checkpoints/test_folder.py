@@ -195,7 +195,7 @@ def test_files_of_the_folder(tmp_path):
         "| default policy | `always:1` |",
         "| policy | tokens/s | depth |",
         "| never | 12.35 | 4 |",
-        "| always:1 | 50 | None |",
+        "| always:1 | 50 | - |",
     ):
         assert line in card
 
