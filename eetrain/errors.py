@@ -39,5 +39,9 @@ class CheckpointError(EETrainError):
     """A checkpoint is missing, cut short, or belongs to another model."""
 
 
+class TopologyError(EETrainError):
+    """Processes, stages, replicas and micro-batches do not fit each other or the model."""
+
+
 class DataError(EETrainError):
     """A data file is missing, empty or holds a row that cannot be read."""
