@@ -10,7 +10,7 @@ from eetrain.backbones.anatomy import (
     output_projection,
 )
 from eetrain.backbones.harvest import Harvest, Harvester, call_block
-from eetrain.backbones.partial import run_partially
+from eetrain.backbones.partial import PartialBlocks, run_partially
 from eetrain.backbones.projection import Projection
 from eetrain.backbones.recorder import Call
 
@@ -19,6 +19,7 @@ __all__ = [
     "Call",
     "Harvest",
     "Harvester",
+    "PartialBlocks",
     "Projection",
     "blocks_of",
     "call_block",

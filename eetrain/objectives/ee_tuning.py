@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from eetrain.errors import ConfigError
-from eetrain.objectives.linear_ce import Kernel, linear_cross_entropy, shift_labels
-from eetrain.objectives.objective import HeadInputs, Objective, ObjectiveOutput, assemble, head_inputs
+from eetrain.objectives.linear_ce import Kernel
 from eetrain.objectives.token_statistics import TokenStatistics
+from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.objectives.weights import ExitWeights, ExitWeightSchedule
 
 
-class EETuning(Objective):
+class EETuning(WeightedSum):
     """``L = sum_l w_l mean_t [u_lt CE_lt]`` over the exits of a backbone that does not change.
 
     EE-Tuning (arXiv 2402.00518), stage 2. The gradients of exits with parameters of their own are disjoint,
@@ -35,15 +35,13 @@ class EETuning(Objective):
     freezes_backbone: ClassVar[bool] = True
 
     def __init__(self, weights: ExitWeights = 1.0, confidence_weights: bool = False, kernel: Kernel = "torch") -> None:
-        super().__init__()
+        super().__init__(_confidence if confidence_weights else None, kernel)
         if confidence_weights and kernel == "cce":
             raise ConfigError(
                 "kernel='cce' computes no confidence, and confidence_weights is on.",
                 hint="set kernel='torch'.",
             )
         self._weights = weights
-        self._weigh = _confidence if confidence_weights else None
-        self._kernel: Kernel = kernel
         self._schedule = ExitWeightSchedule({}, {})
 
     def needs_full_depth(self) -> bool:
@@ -60,23 +58,9 @@ class EETuning(Objective):
                 hint="add an exit, or give one a weight.",
             )
 
-    def __call__(
-        self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False
-    ) -> ObjectiveOutput:
-        """The loss of one batch; see :meth:`Objective.__call__`."""
-        assert self.num_blocks, "bind the objective to a model first"
-        weights = self._schedule.at(step)
-        hidden, projections = head_inputs(output, self.exit_layers)
-        result = linear_cross_entropy(
-            hidden,
-            projections,
-            shift_labels(labels_BT),
-            exit_weights=list(weights.values()),
-            token_weights=self._weigh,
-            statistics="basic" if statistics else "none",
-            kernel="torch" if statistics else self._kernel,
-        )
-        return assemble(output, result.loss, result.exit_losses, self.exit_layers, weights, result.statistics)
+    def depth_weights(self, step: int) -> dict[int, float]:
+        """The exits' weights, constant; see :meth:`Objective.depth_weights`."""
+        return self._schedule.at(step)
 
 
 def _confidence(statistics: TokenStatistics, exit_index: int, rows_C: slice | Tensor) -> Tensor:

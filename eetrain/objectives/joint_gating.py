@@ -37,6 +37,7 @@ from eetrain.objectives.objective import (
     score,
 )
 from eetrain.objectives.token_statistics import TokenStatistics
+from eetrain.objectives.weighted_sum import weighted_sum
 
 Phase = Literal["warmup", "gates", "exits"]
 _PHASES: tuple[Phase, ...] = ("warmup", "gates", "exits")
@@ -141,6 +142,10 @@ class JointGating(Objective):
         """The gates, if there is one trade-off; among several the user chooses."""
         return "gate:0.5" if len(self._cost_weights) == 1 else None
 
+    def depth_weights(self, step: int) -> dict[int, float] | None:
+        """The warm-up's weights; afterwards the loss is no such sum. See :meth:`Objective.depth_weights`."""
+        return self._warmup_weights() if self.phase(step) == "warmup" else None
+
     def trains_model_at(self, step: int) -> bool:
         """Whether it is not the gates' turn."""
         return self.phase(step) != "gates"
@@ -162,17 +167,11 @@ class JointGating(Objective):
         return (*self.exit_layers, FULL)
 
     def _warmup(self, output: HeadInputs, labels_BT: Tensor, statistics: bool) -> ObjectiveOutput:
+        return weighted_sum(output, labels_BT, self._warmup_weights(), statistics)
+
+    def _warmup_weights(self) -> dict[int, float]:
         num_gates = len(self.exit_layers)
-        weights = {layer: float(num_gates + 1 - place) for place, layer in enumerate(self.exit_layers)}
-        hidden, projections = head_inputs(output, self._layers)
-        result = linear_cross_entropy(
-            hidden,
-            projections,
-            shift_labels(labels_BT),
-            exit_weights=[*weights.values(), 1.0],
-            statistics="basic" if statistics else "none",
-        )
-        return assemble(output, result.loss, result.exit_losses, self._layers, weights, result.statistics)
+        return {**{layer: float(num_gates + 1 - place) for place, layer in enumerate(self.exit_layers)}, FULL: 1.0}
 
     def _train_exits(self, output: HeadInputs, labels_BT: Tensor, statistics: bool) -> ObjectiveOutput:
         labels_N = shift_labels(labels_BT)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from eetrain.errors import ConfigError
-from eetrain.objectives.linear_ce import Kernel, linear_cross_entropy, shift_labels
-from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, assemble, head_inputs
+from eetrain.objectives.linear_ce import Kernel
+from eetrain.objectives.objective import FULL
+from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.objectives.weights import (
     ExitWeights,
     ExitWeightSchedule,
@@ -18,7 +17,7 @@ from eetrain.objectives.weights import (
 )
 
 
-class MultiExitCrossEntropy(Objective):
+class MultiExitCrossEntropy(WeightedSum):
     """``L = sum_i w_i(t) CE_i + w_full CE_full``: all parameters learn from every exit.
 
     EE-LLM (arXiv 2312.04916), the objective of its section on training, with its constant, linear and cosine
@@ -51,10 +50,9 @@ class MultiExitCrossEntropy(Objective):
         schedule_steps: int = 0,
         kernel: Kernel = "torch",
     ) -> None:
-        super().__init__()
+        super().__init__(kernel=kernel)
         self.full_weight = check_weight(full_weight, "full_weight")
         self._settings = (weights, schedule, initial_weights, schedule_steps)
-        self._kernel: Kernel = kernel
         check_schedule(schedule, initial_weights, schedule_steps)
         self._schedule = ExitWeightSchedule({}, {})
 
@@ -73,21 +71,7 @@ class MultiExitCrossEntropy(Objective):
                 hint="give the full depth or at least one exit a weight.",
             )
 
-    def __call__(
-        self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False
-    ) -> ObjectiveOutput:
-        """The loss of one batch; see :meth:`Objective.__call__`."""
-        assert self.num_blocks, "bind the objective to a model first"
+    def depth_weights(self, step: int) -> dict[int, float]:
+        """The exits' weights at this step, and the full depth's; see :meth:`Objective.depth_weights`."""
         weights = self._schedule.at(step)
-        row_weights = {**weights, FULL: self.full_weight} if self.needs_full_depth() else weights
-        layers = tuple(row_weights)
-        hidden, projections = head_inputs(output, layers)
-        result = linear_cross_entropy(
-            hidden,
-            projections,
-            shift_labels(labels_BT),
-            exit_weights=list(row_weights.values()),
-            statistics="basic" if statistics else "none",
-            kernel="torch" if statistics else self._kernel,
-        )
-        return assemble(output, result.loss, result.exit_losses, layers, weights, result.statistics)
+        return {**weights, FULL: self.full_weight} if self.needs_full_depth() else weights

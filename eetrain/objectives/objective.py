@@ -143,6 +143,14 @@ class Objective(ABC):
             ConfigError: the run ends before what was set comes to its turn.
         """
 
+    def depth_weights(self, step: int) -> dict[int, float] | None:
+        """Weight of every depth, exits ascending, then :data:`FULL`; ``None`` if the loss of this step is no such sum.
+
+        Args:
+            step: optimizer step, counted from 0.
+        """
+        return None
+
     def trains_model_at(self, step: int) -> bool:
         """Whether backbone and exits learn at this step; if not, they are run without autograd."""
         return True

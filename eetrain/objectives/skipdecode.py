@@ -14,16 +14,17 @@ from torch import Tensor
 
 from eetrain import schedules
 from eetrain.errors import ConfigError
-from eetrain.objectives.linear_ce import Kernel, linear_cross_entropy, shift_labels
-from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, assemble, head_inputs
+from eetrain.objectives.linear_ce import Kernel
+from eetrain.objectives.objective import FULL
 from eetrain.objectives.text_positions import generated_index, row_positions
+from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.schedules import BlockSchedule, parse_schedule
 
 TrainDepth = Literal["schedule", "random"]
 _NUM_SPEEDS = 16
 
 
-class SkipDecode(Objective):
+class SkipDecode(WeightedSum):
     """``CE`` of the last block's output, where each position has run only the blocks its schedule gives it.
 
     SkipDecode (arXiv 2307.02628): the backbone learns to predict with the blocks that decoding under the same schedule
@@ -58,10 +59,10 @@ class SkipDecode(Objective):
         prompt_tokens: int | None = None,
         kernel: Kernel = "torch",
     ) -> None:
-        super().__init__()
+        super().__init__(kernel=kernel)
         self.spec = parse_schedule(schedule)
         self.schedule = str(self.spec)
-        self.train_depth, self.speeds, self.prompt_tokens, self._kernel = train_depth, speeds, prompt_tokens, kernel
+        self.train_depth, self.speeds, self.prompt_tokens = train_depth, speeds, prompt_tokens
         self._check()
         self._schedule: BlockSchedule | None = None
         self._reach_SL = torch.empty(0)
@@ -109,20 +110,9 @@ class SkipDecode(Objective):
         """The schedule trained for."""
         return self.schedule
 
-    def __call__(
-        self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False
-    ) -> ObjectiveOutput:
-        """The loss of one batch; see :meth:`Objective.__call__`."""
-        hidden, projections = head_inputs(output, (FULL,))
-        result = linear_cross_entropy(
-            hidden,
-            projections,
-            shift_labels(labels_BT),
-            exit_weights=[1.0],
-            statistics="basic" if statistics else "none",
-            kernel="torch" if statistics else self._kernel,
-        )
-        return assemble(output, result.loss, result.exit_losses, (FULL,), {}, result.statistics)
+    def depth_weights(self, step: int) -> dict[int, float]:
+        """The full depth alone; see :meth:`Objective.depth_weights`."""
+        return {FULL: 1.0}
 
     def _range(self, num_blocks: int) -> list[BlockSchedule]:
         """Schedules at speeds whose mean depths are evenly spaced, fastest first: if one does not fit, that one."""

@@ -1,0 +1,73 @@
+"""Objectives that are weighted sums of cross-entropies over depths: most published ones.
+
+Such a sum can be taken apart: every stage of a pipeline adds the terms of its own exits.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from eetrain.objectives.linear_ce import Kernel, TokenWeights, linear_cross_entropy, shift_labels
+from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, assemble, head_inputs
+
+
+class WeightedSum(Objective):
+    """``L = sum_l w_l(t) mean_n [u_ln CE_ln]`` over exits and full depth.
+
+    Args:
+        token_weights: ``u_ln`` from the exit's own statistics; 1 if left out.
+        kernel: what computes the cross-entropies of steps that ask for no statistics.
+    """
+
+    def __init__(self, token_weights: TokenWeights | None = None, kernel: Kernel = "torch") -> None:
+        super().__init__()
+        self.token_weights = token_weights
+        self.kernel: Kernel = kernel
+
+    @abstractmethod
+    def depth_weights(self, step: int) -> dict[int, float]:
+        """See :meth:`Objective.depth_weights`."""
+
+    def __call__(
+        self, output: HeadInputs, labels_BT: Tensor, *, step: int, statistics: bool = False
+    ) -> ObjectiveOutput:
+        """The loss of one batch; see :meth:`Objective.__call__`."""
+        assert self.num_blocks, "bind the objective to a model first"
+        weights = self.depth_weights(step)
+        return weighted_sum(output, labels_BT, weights, statistics, self.token_weights, self.kernel)
+
+
+def weighted_sum(
+    output: HeadInputs,
+    labels_BT: Tensor,
+    weights: Mapping[int, float],
+    statistics: bool = False,
+    token_weights: TokenWeights | None = None,
+    kernel: Kernel = "torch",
+) -> ObjectiveOutput:
+    """The sum of one batch.
+
+    Args:
+        output: the model's features.
+        labels_BT: labels aligned with the input ids.
+        weights: by depth, exits ascending, then :data:`FULL`.
+        statistics: also return token statistics.
+        token_weights: see :class:`WeightedSum`.
+        kernel: see :class:`WeightedSum`.
+    """
+    layers = tuple(weights)
+    hidden, projections = head_inputs(output, layers)
+    result = linear_cross_entropy(
+        hidden,
+        projections,
+        shift_labels(labels_BT),
+        exit_weights=list(weights.values()),
+        token_weights=token_weights,
+        statistics="basic" if statistics else "none",
+        kernel="torch" if statistics else kernel,
+    )
+    logged = {layer: weight for layer, weight in weights.items() if layer != FULL}
+    return assemble(output, result.loss, result.exit_losses, layers, logged, result.statistics)
