@@ -7,6 +7,7 @@ Shape suffixes: ``N`` tokens, ``E`` depths (exits ascending, then the full depth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -67,21 +68,33 @@ def stop_targets(optimal_NK: Tensor, num_gates: int) -> Tensor:
     return (gates_G >= optimal_NK[..., None]).float()
 
 
-def gate_loss(logits_NKG: Tensor, targets_NKG: Tensor, *, class_balance: bool) -> Tensor:
-    """Binary cross-entropy, mean over tokens, cost weights and gates; 0 without tokens.
+def class_balance(positive_KG: Tensor, num_tokens: Tensor) -> Tensor:
+    """Weight of positive targets, ``#negative / #positive``; 1 where a class is absent and nothing can be balanced.
 
-    With ``class_balance`` positive targets count ``#negative / #positive``, for each gate and cost weight by itself.
-    Where one class is absent there is nothing to balance, and the weight is 1.
+    Args:
+        positive_KG: how many targets are 1, for each cost weight and gate.
+        num_tokens: of how many tokens, a scalar.
+    """
+    negative_KG = num_tokens - positive_KG
+    both_KG = (positive_KG > 0) & (negative_KG > 0)
+    return torch.where(both_KG, negative_KG / positive_KG.clamp(min=1), torch.ones_like(positive_KG))
+
+
+def gate_loss(
+    logits_NKG: Tensor, targets_NKG: Tensor, num_tokens: Tensor | float, balance_KG: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy: sum over tokens, cost weights and gates, divided by their number; 0 without tokens.
+
+    Args:
+        logits_NKG: of the gates.
+        targets_NKG: from :func:`stop_targets`.
+        num_tokens: that the mean is over; more than ``N`` if other processes hold some of them.
+        balance_KG: from :func:`class_balance`, or ``None``: classes count as they come.
     """
     targets_NKG = targets_NKG.to(logits_NKG.dtype)
-    balance_KG = None
-    if class_balance:
-        positive_KG = targets_NKG.sum(0)
-        negative_KG = len(targets_NKG) - positive_KG
-        both_KG = (positive_KG > 0) & (negative_KG > 0)
-        balance_KG = torch.where(both_KG, negative_KG / positive_KG.clamp(min=1), torch.ones_like(positive_KG))
     total = F.binary_cross_entropy_with_logits(logits_NKG, targets_NKG, pos_weight=balance_KG, reduction="sum")
-    return total / max(1, targets_NKG.numel())
+    tokens = torch.as_tensor(num_tokens, device=total.device, dtype=total.dtype).clamp(min=1)
+    return total / (tokens * math.prod(targets_NKG.shape[1:]))
 
 
 def gate_logits(gates: Mapping[int, Gate], statistics: TokenStatistics, labels_N: Tensor) -> Tensor:

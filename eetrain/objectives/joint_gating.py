@@ -6,7 +6,7 @@ Shape suffixes: ``C`` tokens of one chunk, ``N`` tokens, ``E`` depths (exits asc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -18,6 +18,7 @@ from eetrain.exits.gates import Gate, cost_name
 from eetrain.exits.gating import chosen_exit, stack_features, take_share
 from eetrain.objectives.gate_targets import (
     ExitCosts,
+    class_balance,
     gate_logits,
     gate_loss,
     optimal_exit,
@@ -190,26 +191,47 @@ class JointGating(Objective):
         return assemble(output, result.loss * factor, result.exit_losses, self._layers, {}, kept)
 
     def _train_gates(self, output: HeadInputs, labels_BT: Tensor, statistics: bool) -> ObjectiveOutput:
-        labels_N = shift_labels(labels_BT)
         scored, layers = score(output, labels_BT)
         assert layers == self._layers, f"scored {layers}, trained are {self._layers}"
-        logits_NKG = gate_logits(output.gates, scored, labels_N)
+        result = self.gate_step(output.gates, scored, shift_labels(labels_BT))
+        return replace(result, statistics=scored if statistics else None)
+
+    def gate_step(
+        self,
+        gates: Mapping[int, Gate],
+        scored: TokenStatistics,
+        labels_N: Tensor,
+        across: Callable[[Tensor], Tensor] = lambda total: total,
+    ) -> ObjectiveOutput:
+        """The gates' loss of one batch from what the depths said about its tokens.
+
+        Args:
+            gates: of every exit.
+            scored: all statistics, exits ascending, then the full depth.
+            labels_N: shifted labels.
+            across: adds up totals over the processes whose tokens the loss is a mean over. The loss is then this
+                process's part of it.
+        """
+        logits_NKG = gate_logits(gates, scored, labels_N)
         nll_EN = scored.nll[:, labels_N != IGNORE_INDEX]
         costs_E, cost_weights_K = nll_EN.new_tensor(self._costs), nll_EN.new_tensor(self._cost_weights)
         optimal_NK = optimal_exit(nll_EN, costs_E, cost_weights_K)
-        targets_NKG = stop_targets(optimal_NK, len(self.exit_layers))
-        loss = gate_loss(logits_NKG, targets_NKG, class_balance=self.class_balance)
-        tokens = max(1, len(optimal_NK))
-        terms = {f"ce/{depth_name(layer)}": nll_EN[row].sum() / tokens for row, layer in enumerate(layers)}
-        terms |= {"gate_bce": loss.detach(), **self._depths("optimal_depth", optimal_NK)}
-        terms |= self._depths("depth", chosen_exit(logits_NKG.detach() >= 0))
-        return ObjectiveOutput(loss, terms, scored if statistics else None, layers)
+        targets_NKG = stop_targets(optimal_NK, len(self.exit_layers)).to(logits_NKG.dtype)
+        tokens = across(nll_EN.new_tensor(float(len(optimal_NK))))
+        balance_KG = class_balance(across(targets_NKG.sum(0)), tokens) if self.class_balance else None
+        loss = gate_loss(logits_NKG, targets_NKG, tokens, balance_KG)
+        sums = {f"ce/{depth_name(layer)}": nll_EN[row].sum() for row, layer in enumerate(self._layers)}
+        sums |= self._depths("optimal_depth", optimal_NK)
+        sums |= self._depths("depth", chosen_exit(logits_NKG.detach() >= 0))
+        values = across(torch.stack([total.to(nll_EN.dtype) for total in sums.values()])) / tokens.clamp(min=1)
+        terms = {**dict(zip(sums, values, strict=True)), "gate_bce": across(loss.detach())}
+        return ObjectiveOutput(loss, terms, None, self._layers)
 
     def _depths(self, name: str, places_NK: Tensor) -> dict[str, Tensor]:
-        """Mean depth in blocks of places in the list of depths, for every cost weight."""
+        """Sum over tokens of the depth in blocks of places in the list of depths, for every cost weight."""
         blocks_E = torch.tensor([*self.exit_layers, self.num_blocks], device=places_NK.device, dtype=torch.float32)
-        means_K = blocks_E[places_NK].sum(0) / max(1, len(places_NK))
-        return {f"gate/{cost_name(w)}/{name}": mean for w, mean in zip(self._cost_weights, means_K, strict=True)}
+        sums_K = blocks_E[places_NK].sum(0)
+        return {f"gate/{cost_name(w)}/{name}": total for w, total in zip(self._cost_weights, sums_K, strict=True)}
 
 
 class _ExitShares:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from eetrain.errors import ConfigError
 from eetrain.objectives.gate_targets import (
+    class_balance,
     gate_loss,
     optimal_exit,
     parse_exit_costs,
@@ -18,6 +19,11 @@ from eetrain.objectives.gate_targets import (
 )
 
 COSTS = torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64)
+
+
+def loss_of(logits, targets, *, balance):
+    tokens = torch.tensor(float(len(targets)))
+    return gate_loss(logits, targets, tokens, class_balance(targets.sum(0), tokens) if balance else None)
 
 
 def every_loss():
@@ -63,7 +69,7 @@ def test_the_loss_is_weighted_binary_cross_entropy(balance):
         positive = y.sum()
         weight = (50 - positive) / positive if balance else 1.0
         wanted += -(weight * y * g.log() + (1 - y) * (1 - g).log()).mean() / 6
-    torch.testing.assert_close(gate_loss(logits, targets, class_balance=balance), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss_of(logits, targets, balance=balance), wanted, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0])
@@ -71,14 +77,22 @@ def test_a_gate_with_one_class_is_trained_without_balance(target):
     logits = torch.randn(8, 1, 1, dtype=torch.float64)
     targets = torch.full_like(logits, target)
     wanted = F.binary_cross_entropy_with_logits(logits, targets)
-    torch.testing.assert_close(gate_loss(logits, targets, class_balance=True), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss_of(logits, targets, balance=True), wanted, rtol=1e-12, atol=0)
 
 
 def test_no_token_is_no_loss_and_still_a_graph():
     logits = torch.zeros(0, 2, 3, requires_grad=True)
-    loss = gate_loss(logits, torch.zeros(0, 2, 3), class_balance=True)
+    loss = loss_of(logits, torch.zeros(0, 2, 3), balance=True)
     assert loss.item() == 0.0
     loss.backward()
+
+
+def test_parts_of_a_batch_add_up_to_it():
+    logits, targets = torch.randn(9, 2, 3, dtype=torch.float64), (torch.rand(9, 2, 3) > 0.4).double()
+    tokens = torch.tensor(9.0)
+    balance = class_balance(targets.sum(0), tokens)
+    parts = [gate_loss(logits[rows], targets[rows], tokens, balance) for rows in (slice(0, 2), slice(2, 9))]
+    torch.testing.assert_close(sum(parts), loss_of(logits, targets, balance=True), rtol=1e-12, atol=0)
 
 
 def test_the_index_counts_from_every_gap_in_the_labels():
