@@ -51,7 +51,10 @@ class Harvester:
         self._decoder = decoder
         self.anatomy = anatomy
         self._recorders = [Recorder(block, anatomy.returns_tuple) for block in blocks[:depth]]
-        self._shadow = shadow(decoder, {anatomy.blocks: nn.ModuleList(self._recorders)})
+        replaced: dict[str, nn.Module] = {anatomy.blocks: nn.ModuleList(self._recorders)}
+        if anatomy.norm is not None:
+            replaced[anatomy.norm] = nn.Identity()  # its output is not looked at
+        self._shadow = shadow(decoder, replaced)
 
     def __call__(
         self,

@@ -132,6 +132,11 @@ class JointGating(Objective):
                 hint="Set warmup_steps and phase_steps of model.objective lower, or trainer.max_steps higher.",
             )
 
+    @property
+    def num_cost_weights(self) -> int:
+        """Gates of every exit."""
+        return len(self._cost_weights)
+
     def phase(self, step: int) -> Phase:
         """What is trained at an optimizer step, counted from 0."""
         if step < self.warmup_steps:

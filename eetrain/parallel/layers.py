@@ -1,0 +1,175 @@
+"""DeepSpeed's layers: one per piece of the model, each a thin skin around the real modules.
+
+What passes between them is the hidden state, and while exits learn under their gates the probability of not having left
+yet. That probability needs no gradient, so its bits travel as integers: the engine sends gradients of floats only.
+
+Shape suffixes: ``B`` rows, ``T`` positions, ``D`` hidden size, ``K`` cost weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from eetrain.backbones import blocks_of
+from eetrain.backbones.anatomy import decoder_of, submodule
+from eetrain.objectives import FULL
+from eetrain.parallel.injection import end, hold
+from eetrain.parallel.pieces import Piece
+from eetrain.parallel.stage import MicroBatch, Stage
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_FLOATS = {integer: real for real, integer in _INTEGERS.items()}
+
+Travelling = Tensor | tuple[Tensor, Tensor]
+
+
+class Task(Protocol):
+    """What happens at the depths while a batch passes."""
+
+    def visit(
+        self, stage: Stage, depth: int, hidden_BTD: Tensor, left_BTK: Tensor | None, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Look at a hidden state; returns it, perhaps with a loss injected, and the probability left."""
+
+    def start(self, micro: MicroBatch) -> Tensor | None:
+        """The probability left before the first exit, or ``None`` if nothing needs it."""
+
+
+class Work:
+    """What all layers of a process share: the stage, the present micro-batch, and the task."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.micros: list[MicroBatch] = []
+        self.task: Task | None = None
+        self.micro: MicroBatch | None = None
+
+    def visit(self, depth: int, travelling: Travelling) -> Travelling:
+        """Let the task look at a depth."""
+        assert self.task is not None
+        assert self.micro is not None
+        hidden_BTD, left_BTK = unpack(travelling)
+        return pack(*self.task.visit(self.stage, depth, hidden_BTD, left_BTK, self.micro))
+
+
+def pack(hidden_BTD: Tensor, left_BTK: Tensor | None) -> Travelling:
+    """What travels; floats come first, as the engine reuses its buffers by place."""
+    if left_BTK is None:
+        return hidden_BTD
+    return hidden_BTD, left_BTK.contiguous().view(_INTEGERS[left_BTK.dtype])
+
+
+def unpack(travelling: Travelling) -> tuple[Tensor, Tensor | None]:
+    """The hidden state and the probability left."""
+    if isinstance(travelling, Tensor):
+        return travelling, None
+    hidden_BTD, bits_BTK = travelling
+    return hidden_BTD, bits_BTK.view(_FLOATS[bits_BTK.dtype])
+
+
+class Layer(nn.Module):
+    """Base of the layers.
+
+    Args:
+        work: shared by the layers of a process.
+        modules: the real ones, which this layer's parameters belong to.
+    """
+
+    def __init__(self, work: Work, *modules: nn.Module) -> None:
+        super().__init__()
+        self.real = nn.ModuleList(modules)
+        self.__dict__["work"] = work
+
+    def forward(self, travelling: Travelling) -> Travelling:
+        """Run on what the layer before gave."""
+        work: Work = self.__dict__["work"]
+        return self.run(work, travelling)
+
+    def run(self, work: Work, travelling: Travelling) -> Travelling:
+        """What the layer does."""
+        raise NotImplementedError
+
+
+class Embed(Layer):
+    """Ids to the residual stream. The engine hands in the ids; the micro-batch has them too."""
+
+    def run(self, work: Work, travelling: Travelling) -> Travelling:
+        """Harvest from ids."""
+        assert work.micro is not None
+        assert work.task is not None
+        return pack(work.stage.begin(work.micro, None), work.task.start(work.micro))
+
+
+class Block(Layer):
+    """One block."""
+
+    def __init__(self, work: Work, layer: int, *modules: nn.Module) -> None:
+        super().__init__(work, *modules)
+        self.layer = layer
+
+    def run(self, work: Work, travelling: Travelling) -> Travelling:
+        """Run the block; what travels beside the hidden state passes by."""
+        assert work.micro is not None
+        hidden_BTD, left_BTK = unpack(travelling)
+        return pack(work.stage.run_block(self.layer, hidden_BTD, work.micro), left_BTK)
+
+
+class Exit(Layer):
+    """An exit's head and its loss."""
+
+    def __init__(self, work: Work, layer: int, *modules: nn.Module) -> None:
+        super().__init__(work, *modules)
+        self.layer = layer
+
+    def run(self, work: Work, travelling: Travelling) -> Travelling:
+        """Visit the exit."""
+        return work.visit(self.layer, travelling)
+
+
+class Tail(Layer):
+    """Final norm, output matrix and the loss of the full depth."""
+
+    def run(self, work: Work, travelling: Travelling) -> Travelling:
+        """Visit the full depth; returns the engine's loss of 0."""
+        hidden_BTD, _ = unpack(work.visit(FULL, travelling))
+        return end(hidden_BTD)
+
+
+class Anchor(Layer):
+    """A parameter that takes no part, for a stage on which nothing is trained: the engine wants one."""
+
+    def __init__(self, work: Work, dtype: torch.dtype) -> None:
+        super().__init__(work)
+        self.anchor = nn.Parameter(torch.zeros(1, dtype=dtype))
+
+    def run(self, work: Work, travelling: Travelling) -> Travelling:
+        """Pass on."""
+        hidden_BTD, left_BTK = unpack(travelling)
+        return pack(hold(hidden_BTD, self.anchor), left_BTK)
+
+
+def build_layer(work: Work, piece: Piece) -> Layer:
+    """The layer of a piece, around the modules of the stage's model."""
+    model = work.stage.model
+    if piece.kind == "block":
+        return Block(work, piece.layer, blocks_of(model.backbone, model.anatomy)[piece.layer - 1])
+    if piece.kind == "embed":
+        return Embed(work, *_frame(model.backbone, model.anatomy))
+    norm, matrix = model.shared_tail()[0], model.causal_lm.get_submodule(model.anatomy.head)
+    if piece.kind == "tail":
+        return Tail(work, norm, matrix)
+    head = model.head(piece.layer)
+    shared = [norm] * (head.norm is None) + [matrix] * (head.output is None)
+    return Exit(work, piece.layer, head, *shared)
+
+
+def _frame(backbone: nn.Module, anatomy: Any) -> list[nn.Module]:
+    """What the decoder runs before its blocks."""
+    decoder = decoder_of(backbone, anatomy)
+    owner_path, _, list_name = anatomy.blocks.rpartition(".")
+    owner = submodule(decoder, owner_path)
+    norm = submodule(decoder, anatomy.norm)
+    return [child for name, child in owner.named_children() if name != list_name and child is not norm]

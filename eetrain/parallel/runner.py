@@ -1,0 +1,247 @@
+"""Batches through a pipeline: cut into micro-batches, trained on or scored, totals added up over all processes.
+
+Shape suffixes: ``B`` rows, ``T`` positions, ``N = B * T`` tokens, ``E`` depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from eetrain.errors import ConfigError
+from eetrain.exits.gates import Gate
+from eetrain.objectives import FULL, JointGating, Objective
+from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
+from eetrain.objectives.objective import depth_name
+from eetrain.objectives.token_statistics import TokenStatistics
+from eetrain.objectives.weighted_sum import WeightedSum
+from eetrain.parallel.pipeline import ExitPipeline
+from eetrain.parallel.stage import MicroBatch
+from eetrain.parallel.tasks import Scores, SharedLosses, Sums, WeightedLosses
+from eetrain.parallel.topology import Topology, check_micro_batches
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A replica's batch as all its depths see it, the same on every stage.
+
+    Args:
+        statistics: ``[E, N]``.
+        layers: the layer of each row: exits ascending, then the full depth.
+        labels_N: shifted labels.
+    """
+
+    statistics: TokenStatistics
+    layers: tuple[int, ...]
+    labels_N: Tensor
+
+
+class PipelineRunner:
+    """Runs one process's part of every batch.
+
+    Args:
+        pipeline: this process's stage.
+        engine: DeepSpeed's, around ``pipeline``.
+        objective: bound to the model.
+        topology: stages and replicas.
+        micro_batches: of a training step and replica.
+    """
+
+    def __init__(
+        self, pipeline: ExitPipeline, engine: Any, objective: Objective, topology: Topology, micro_batches: int
+    ) -> None:
+        self.pipeline, self.engine, self.objective = pipeline, engine, objective
+        self.topology, self.micro_batches = topology, micro_batches
+        self._shape: tuple[object, ...] = ()
+        if not objective.needs_full_depth():
+            pipeline.stage.last_trained_block = max(objective.exit_layers, default=0)
+
+    def train(self, batch: Batch, step: int, active_LBT: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """One optimizer step of all that is not a gate: forward, backward, update.
+
+        Args:
+            batch: of this replica, the same on all its stages.
+            step: optimizer step, counted from 0.
+            active_LBT: where each block runs, or ``None`` for everywhere.
+
+        Returns:
+            The loss and the terms to log, means over the tokens of all replicas.
+        """
+        check_micro_batches(self.micro_batches, len(batch["input_ids"]))
+        num_tokens = self.over_replicas(_num_scored(batch))
+        task = self._task(step, num_tokens)
+        self._begin(batch, task, self.micro_batches, active_LBT, travels=isinstance(task, SharedLosses))
+        self.pipeline.on_gradients = lambda: self._finish_gradients(task)
+        self.engine.train_batch(self._feed())
+        loss, nll = self._totals(task.sums, num_tokens)
+        terms = {f"ce/{depth_name(depth)}": nll[depth] for depth in self._depths if depth in self._trained_depths(task)}
+        if isinstance(task, WeightedLosses):
+            exits = {depth: weight for depth, weight in task.weights.items() if depth != FULL}
+            return loss, terms | {f"weight/{depth_name(d)}": loss.new_tensor(w) for d, w in exits.items()}
+        return sum(nll.values(), loss.new_zeros(())), terms
+
+    @torch.no_grad()
+    def score(self, batch: Batch, active_LBT: Tensor | None = None) -> Scored:
+        """All statistics of every depth, without autograd; every process of the replica gets all of them.
+
+        Args:
+            batch: of this replica; any number of rows.
+            active_LBT: as for :meth:`train`.
+        """
+        rows = len(batch["input_ids"])
+        count = min(self.micro_batches, rows)
+        batch, active_LBT = _filled(batch, active_LBT, -rows % count)
+        task = Scores()
+        self._begin(batch, task, count, active_LBT, travels=False)
+        self.engine.eval_batch(self._feed(), num_micro_batches=count)
+        labels_N = shift_labels(batch["labels"])
+        depths = self._depths
+        kept = rows * batch["input_ids"].shape[1]
+        return Scored(_slice(self._gathered(task, depths, len(labels_N)), kept), depths, labels_N[:kept])
+
+    def over_replicas(self, total: Tensor) -> Tensor:
+        """The sum over all replicas of what all stages of a replica hold alike."""
+        if self.topology.replicas == 1:
+            return total
+        total = total.clone()
+        dist.all_reduce(total, group=self.engine.grid.get_data_parallel_group())
+        return total
+
+    @property
+    def gates(self) -> dict[int, Gate]:
+        """The gates of all exits; every stage holds them all."""
+        model = self.pipeline.stage.model
+        return {layer: model.gate(layer) for layer in model.exit_layers if str(layer) in model.gates}
+
+    @property
+    def _depths(self) -> tuple[int, ...]:
+        return (*self.pipeline.stage.model.exit_layers, FULL)
+
+    def _task(self, step: int, num_tokens: Tensor) -> WeightedLosses | SharedLosses:
+        weights, scale = self.objective.depth_weights(step), float(self.topology.replicas)
+        if weights is not None:
+            of_sum = self.objective if isinstance(self.objective, WeightedSum) else None
+            token_weights, kernel = (of_sum.token_weights, of_sum.kernel) if of_sum else (None, "torch")
+            return WeightedLosses(weights, token_weights, kernel, num_tokens, scale)
+        assert isinstance(self.objective, JointGating)
+        return SharedLosses(self.gates, self.objective.num_cost_weights, num_tokens, scale)
+
+    def _trained_depths(self, task: WeightedLosses | SharedLosses) -> tuple[int, ...]:
+        return tuple(task.weights) if isinstance(task, WeightedLosses) else self._depths
+
+    def _begin(
+        self, batch: Batch, task: Any, micro_batches: int, active_LBT: Tensor | None, *, travels: bool
+    ) -> None:
+        work = self.pipeline.work
+        work.task, work.micros = task, _cut(batch, micro_batches, active_LBT)
+        self.pipeline.stage.renew()
+        shape = (*work.micros[0].input_ids.shape, travels)
+        if shape != self._shape:
+            self._shape = shape
+            self.engine.reset_activation_shape()
+
+    def _feed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the engine reads on the first and the last stage; the layers have the micro-batches themselves."""
+        micros = list(self.pipeline.work.micros)
+        return ((micro.input_ids, micro.labels_N) for micro in micros)
+
+    def _finish_gradients(self, task: WeightedLosses | SharedLosses) -> None:
+        for tie in self.pipeline.ties:
+            if tie.parameter.grad is None:
+                tie.parameter.grad = torch.zeros_like(tie.parameter)
+        if isinstance(task, SharedLosses):
+            loss, nll = self._totals(task.sums, task.num_tokens)
+            if loss > 0:
+                self._scale_gradients(sum(nll.values(), loss.new_zeros(())) / loss)
+
+    def _scale_gradients(self, factor: Tensor) -> None:
+        for parameter in self.pipeline.parameters():
+            # DeepSpeed's bfloat16 optimizer sums gradients up in float32, beside the parameter.
+            grad = parameter._hp_grad if self.engine.using_bf16_optimizer else parameter.grad
+            if grad is not None:
+                grad.mul_(factor.to(grad.dtype))
+
+    def _totals(self, sums: Sums, num_tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The loss and every depth's mean cross-entropy, over all stages and replicas."""
+        depths = self._depths
+        like = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
+        values = [sums.loss, *(sums.nll.get(depth) for depth in depths)]
+        total = torch.stack([like if value is None else value.to(like) for value in values])
+        dist.all_reduce(total)
+        total[1:] /= num_tokens.clamp(min=1)
+        return total[0], dict(zip(depths, total[1:], strict=True))
+
+    def _gathered(self, task: Scores, depths: Sequence[int], num_tokens: int) -> TokenStatistics:
+        """Statistics of all stages; each fills in its rows, and the sum is over one of them and zeros."""
+        example = next(iter(task.found.values()))[0].nll if task.found else torch.zeros(0)
+        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
+        device = self.pipeline.work.stage.model.device if not task.found else example.device
+        parts = []
+        for field in fields(TokenStatistics):
+            kind = torch.int64 if field.name == "prediction" else dtype
+            values_EN = torch.zeros(len(depths), num_tokens, dtype=kind, device=device)
+            for row, depth in enumerate(depths):
+                if depth in task.found:
+                    values_EN[row] = torch.cat([getattr(found, field.name)[0] for found in task.found[depth]])
+            if self.topology.stages > 1:
+                dist.all_reduce(values_EN, group=self.engine.grid.get_pipe_parallel_group())
+            parts.append(values_EN)
+        return TokenStatistics(*parts)
+
+
+def _num_scored(batch: Batch) -> Tensor:
+    return (shift_labels(batch["labels"]) != IGNORE_INDEX).sum().double()
+
+
+def _cut(batch: Batch, count: int, active_LBT: Tensor | None) -> list[MicroBatch]:
+    parts = {name: value.chunk(count) for name, value in batch.items() if value.dim() > 1}
+    active = [None] * count if active_LBT is None else active_LBT.chunk(count, dim=1)
+    return [
+        MicroBatch(
+            place,
+            parts["input_ids"][place],
+            shift_labels(parts["labels"][place]),
+            parts["attention_mask"][place] if "attention_mask" in parts else None,
+            parts["position_ids"][place] if "position_ids" in parts else None,
+            active[place],
+        )
+        for place in range(count)
+    ]
+
+
+def _filled(batch: Batch, active_LBT: Tensor | None, missing: int) -> tuple[Batch, Tensor | None]:
+    """The batch with copies of its last row at its end, which nothing is scored of."""
+    if not missing:
+        return batch, active_LBT
+    filled = {name: torch.cat([value, value[-1:].expand(missing, -1)]) for name, value in batch.items()}
+    filled["labels"] = F.pad(batch["labels"], (0, 0, 0, missing), value=IGNORE_INDEX)
+    if active_LBT is not None:
+        active_LBT = torch.cat([active_LBT, active_LBT[:, -1:].expand(-1, missing, -1)], dim=1)
+    return filled, active_LBT
+
+
+def _slice(statistics: TokenStatistics, count: int) -> TokenStatistics:
+    return TokenStatistics(*(getattr(statistics, field.name)[:, :count] for field in fields(TokenStatistics)))
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse an objective that a pipeline cannot take apart.
+
+    Raises:
+        ConfigError: its loss is neither a weighted sum over depths nor joint gating.
+    """
+    if not isinstance(objective, JointGating) and objective.depth_weights(0) is None:
+        raise ConfigError(
+            f"The objective {type(objective).__name__} cannot run in a pipeline: its loss is no weighted sum over depths, "
+            "so that stages cannot add their parts.",
+            hint="Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
+            "eetrain.objectives.weighted_sum.WeightedSum.",
+        )
