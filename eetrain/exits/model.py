@@ -155,6 +155,11 @@ class MultiExitModel(nn.Module):
         """The gates of the exit after block ``layer``, which must have some."""
         return self.gates[str(layer)]  # type: ignore[return-value]
 
+    def gates_by_layer(self, layers: Sequence[int] | None = None) -> dict[int, Gate]:
+        """Exit layer -> its gates, for the given exits (all by default) that have some."""
+        among = self.exit_layers if layers is None else layers
+        return {layer: self.gate(layer) for layer in among if str(layer) in self.gates}
+
     def forward(
         self,
         input_ids: Tensor,
@@ -200,7 +205,7 @@ class MultiExitModel(nn.Module):
             full_features=None if last is None else shared_norm(last),
             full_projection=shared,
             router_loss=auxiliary,
-            gates={layer: self.gate(layer) for layer in hidden if str(layer) in self.gates},
+            gates=self.gates_by_layer(tuple(hidden)),
         )
 
     def run_scheduled(

@@ -144,6 +144,10 @@ class JointGating(Objective):
         turn = (step - self.warmup_steps) // self.phase_steps
         return "gates" if turn % 2 == 0 else "exits"
 
+    def phase_number(self, step: int) -> float:
+        """The phase as it is logged: 0 warm-up, 1 gates, 2 exits."""
+        return float(_PHASES.index(self.phase(step)))
+
     def exit_policy(self) -> str | None:
         """The gates, if there is one trade-off; among several the user chooses."""
         return "gate:0.5" if len(self._cost_weights) == 1 else None
@@ -165,7 +169,7 @@ class JointGating(Objective):
         phase = self.phase(step)
         losses = {"warmup": self._warmup, "gates": self._train_gates, "exits": self._train_exits}
         result = losses[phase](output, labels_BT, statistics)
-        number = result.total.new_tensor(float(_PHASES.index(phase)))
+        number = result.total.new_tensor(self.phase_number(step))
         return replace(result, terms={**result.terms, "phase": number})
 
     @property

@@ -126,6 +126,10 @@ class Objective(ABC):
         """
         return None
 
+    def idle_blocks(self) -> tuple[int, ...]:
+        """Blocks that run at no position, ever, counted from 1."""
+        return ()
+
     def bind_gates(self, cost_weights: Sequence[float]) -> None:  # noqa: B027
         """Check the settings against the model's gates; called after :meth:`bind`. Without trained gates nothing to do.
 

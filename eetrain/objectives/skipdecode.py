@@ -18,7 +18,7 @@ from eetrain.objectives.linear_ce import Kernel
 from eetrain.objectives.objective import FULL
 from eetrain.objectives.text_positions import generated_index, row_positions
 from eetrain.objectives.weighted_sum import WeightedSum
-from eetrain.schedules import BlockSchedule, parse_schedule
+from eetrain.schedules import PROMPT, BlockSchedule, parse_schedule
 
 TrainDepth = Literal["schedule", "random"]
 _NUM_SPEEDS = 16
@@ -105,6 +105,11 @@ class SkipDecode(WeightedSum):
             return index_BT < reach_SL[drawn_S[document_BT]].permute(2, 0, 1)
         reach_L = torch.tensor(self._schedule.reach, device=labels_BT.device)
         return index_BT < reach_L[:, None, None]
+
+    def idle_blocks(self) -> tuple[int, ...]:
+        """Blocks that the schedule never runs."""
+        most_L = self._reach_SL.max(0).values.tolist()
+        return tuple(block for block, reach in enumerate(most_L, start=1) if reach <= PROMPT)
 
     def exit_policy(self) -> str | None:
         """The schedule trained for."""

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from eetrain.errors import ConfigError
+from eetrain.parallel.engine_state import prepare_state
 
 EnginePrecision = Literal["float32", "bfloat16"]
 
@@ -30,21 +32,23 @@ def load_deepspeed() -> ModuleType:
         )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _quiet():
+    with quiet():
         import deepspeed
         import deepspeed.ops
 
         # Its first collective on a CPU would compile this for half a minute; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    return deepspeed
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    module: ModuleType = deepspeed
+    return module
 
 
 def join_processes(local_rank: int) -> None:
     """Let DeepSpeed use the process group that is there already."""
     os.environ["LOCAL_RANK"] = str(local_rank)
     deepspeed = load_deepspeed()
-    with _quiet():
+    with quiet():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
@@ -86,16 +90,18 @@ def start_engine(
         **extra: of ``deepspeed.initialize``.
     """
     deepspeed = load_deepspeed()
-    with _quiet():
+    with quiet():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False, **extra
         )
+    if optimizer is not None:
+        prepare_state(engine)
     return engine
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DeepSpeed prints to stdout, which belongs to the command line's own output."""
+def quiet() -> Iterator[None]:
+    """Keep DeepSpeed from printing to stdout, which belongs to the command line's own output."""
     with contextlib.redirect_stdout(sys.stderr if os.environ.get("EETRAIN_DEBUG") == "1" else _Nowhere()):
         yield
 

@@ -42,7 +42,7 @@ class _Inject(torch.autograd.Function):
         return hidden_BTD.view_as(hidden_BTD)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BTD = ctx.saved_tensors[0].detach().requires_grad_(ctx.through)
         with torch.enable_grad():
             loss = ctx.loss(hidden_BTD)
@@ -66,7 +66,7 @@ class _Carry(torch.autograd.Function):
         return after_BTD.view_as(after_BTD)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:
         return grad_BTD, None
 
 
@@ -82,7 +82,7 @@ class _Hold(torch.autograd.Function):
         return hidden_BTD.view_as(hidden_BTD)
 
     @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor]:
         return grad_BTD, grad_BTD.new_zeros(1)
 
 
@@ -99,6 +99,6 @@ class _End(torch.autograd.Function):
         return hidden_BTD.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         zeros: Tensor = torch.zeros_like(ctx.like, memory_format=torch.contiguous_format)
         return zeros

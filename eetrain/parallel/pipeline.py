@@ -9,20 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 
-from eetrain.exits import MultiExitModel
+from eetrain.parallel.cut import ANCHOR, Cut, SharedParameter
+from eetrain.parallel.deepspeed_setup import quiet
 from eetrain.parallel.layers import Anchor, Layer, Travelling, Work, build_layer, unpack
 from eetrain.parallel.pieces import Piece
-from eetrain.parallel.stage import Stage, parameters_of
+from eetrain.parallel.stage import Stage
 from eetrain.parallel.topology import Topology
 from eetrain.training.precision import keeping_tables
-
-ANCHOR = Piece("tail", -1)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Tie:
     group: dist.ProcessGroup
 
 
-class _PieceSpec(LayerSpec):  # type: ignore[misc]
+class _PieceSpec(LayerSpec):
     """A layer that is built where it runs."""
 
     def __init__(self, work: Work, piece: Piece) -> None:
@@ -53,44 +51,44 @@ class _PieceSpec(LayerSpec):  # type: ignore[misc]
         return build_layer(self.work, self.piece)
 
 
-class ExitPipeline(PipelineModule):  # type: ignore[misc]
+class ExitPipeline(PipelineModule):
     """The layers of one process. Its parameters are those of the model given, on this process's stage.
 
     Args:
-        model: whole, trained parameters marked; what belongs to other stages is given up.
-        pieces: of the whole pipeline.
-        bounds: of the stages.
-        topology: stages and replicas.
+        part: of this process.
+
+    Attributes:
+        work: what its layers share.
+        ties: its parameters with copies on other stages.
+        on_gradients: called once a step, when the gradients of all micro-batches are there and nothing is done with
+            them yet.
     """
 
-    def __init__(
-        self, model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int], topology: Topology
-    ) -> None:
-        rank = dist.get_rank()
-        stage = Stage(model, pieces, bounds, topology.stage_of(rank))
-        shared = _shared_parameters(model, pieces, bounds)
-        layers, parts = _with_anchors(model, pieces, bounds)
-        stage.keep_own()
-        work = Work(stage)
-        self._parts = parts
-        self.__dict__.update(stage=stage, work=work, on_gradients=None)
-        super().__init__(
-            [_PieceSpec(work, piece) for piece in layers],
-            topology=PipeDataParallelTopology(num_pp=topology.stages, num_dp=topology.replicas),
-        )
-        self.ties = _ties(shared, topology, rank)
+    work: Work
+    on_gradients: Callable[[], None] | None
+
+    def __init__(self, part: Cut) -> None:
+        rank, topology, work = dist.get_rank(), part.topology, Work(part.stage)
+        # Past nn.Module, which is not there yet: the base class asks for the stages while it is built.
+        self.__dict__.update(work=work, on_gradients=None, given_parts=part.parts)
+        with quiet():
+            super().__init__(
+                [_PieceSpec(work, piece) for piece in part.layers],
+                topology=PipeDataParallelTopology(num_pp=topology.stages, num_dp=topology.replicas),
+            )
+        self.ties = _ties(part.shared, topology, rank)
         for parameter in self.parameters():
             parameter.model_parallel = True  # counts in the norm of all gradients
         for tie in self.ties:
-            replicated = tie.stages[0] != stage.index
+            replicated = tie.stages[0] != part.stage.index
             tie.parameter.ds_pipe_replicated = replicated  # type: ignore[attr-defined]
             tie.parameter.model_parallel = not replicated  # type: ignore[attr-defined]
             dist.broadcast(tie.parameter.data, topology.rank_of(tie.stages[0], topology.replica_of(rank)), tie.group)
 
-    stage: Stage
-    work: Work
-    on_gradients: Callable[[], None] | None
-    """Called once a step, when the gradients of all micro-batches are there and nothing is done with them yet."""
+    @property
+    def stage(self) -> Stage:
+        """What this process runs."""
+        return self.work.stage
 
     def forward(self, travelling: Travelling) -> Travelling:
         """Run the stage on its next micro-batch."""
@@ -116,7 +114,7 @@ class ExitPipeline(PipelineModule):  # type: ignore[misc]
         return [(tie.parameter, tie.group) for tie in self.ties]
 
     def _partition_layers(self, method: str = "") -> None:
-        self.parts = list(self._parts)
+        self.parts = list(self.__dict__["given_parts"])
         self._set_bounds(start=self.parts[self.stage.index], stop=self.parts[self.stage.index + 1])
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExitPipeline:
@@ -125,24 +123,7 @@ class ExitPipeline(PipelineModule):  # type: ignore[misc]
         return self
 
 
-def _shared_parameters(
-    model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]
-) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Trained parameters that several stages use, with these stages, in an order that all processes share."""
-    users: dict[int, list[int]] = {}
-    found: dict[int, nn.Parameter] = {}
-    for stage in range(len(bounds) - 1):
-        for piece in pieces[bounds[stage] : bounds[stage + 1]]:
-            for parameter in parameters_of(model, piece):
-                if parameter.requires_grad and stage not in users.setdefault(id(parameter), []):
-                    users[id(parameter)].append(stage)
-                    found[id(parameter)] = parameter
-    return [(found[key], tuple(stages)) for key, stages in users.items() if len(stages) > 1]
-
-
-def _ties(
-    shared: Sequence[tuple[nn.Parameter, tuple[int, ...]]], topology: Topology, rank: int
-) -> list[Tie]:
+def _ties(shared: Sequence[SharedParameter], topology: Topology, rank: int) -> list[Tie]:
     """This process's ties; every process must make every group."""
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for stages in dict.fromkeys(stages for _, stages in shared):
@@ -152,18 +133,3 @@ def _ties(
             if rank in ranks:
                 groups[stages] = group
     return [Tie(parameter, stages, groups[stages]) for parameter, stages in shared if stages in groups]
-
-
-def _with_anchors(
-    model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]
-) -> tuple[list[Piece], list[int]]:
-    """The layers and their bounds, with an anchor on every stage where nothing is trained."""
-    layers: list[Piece] = []
-    parts = [0]
-    for stage in range(len(bounds) - 1):
-        own = list(pieces[bounds[stage] : bounds[stage + 1]])
-        if not any(parameter.requires_grad for piece in own for parameter in parameters_of(model, piece)):
-            own.insert(len(own) - (own[-1].kind == "tail"), ANCHOR)
-        layers += own
-        parts.append(len(layers))
-    return layers, parts

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from eetrain.errors import ConfigError
-from eetrain.exits.gates import Gate
+from eetrain.exits import MultiExitModel
 from eetrain.objectives import FULL, JointGating, Objective
 from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
 from eetrain.objectives.objective import depth_name
@@ -116,14 +115,13 @@ class PipelineRunner:
         return total
 
     @property
-    def gates(self) -> dict[int, Gate]:
-        """The gates of all exits; every stage holds them all."""
-        model = self.pipeline.stage.model
-        return {layer: model.gate(layer) for layer in model.exit_layers if str(layer) in model.gates}
+    def model(self) -> MultiExitModel:
+        """The model, in which other stages' parameters are hollow."""
+        return self.pipeline.stage.model
 
     @property
     def _depths(self) -> tuple[int, ...]:
-        return (*self.pipeline.stage.model.exit_layers, FULL)
+        return (*self.model.exit_layers, FULL)
 
     def _task(self, step: int, num_tokens: Tensor) -> WeightedLosses | SharedLosses:
         weights, scale = self.objective.depth_weights(step), float(self.topology.replicas)
@@ -132,14 +130,12 @@ class PipelineRunner:
             token_weights, kernel = (of_sum.token_weights, of_sum.kernel) if of_sum else (None, "torch")
             return WeightedLosses(weights, token_weights, kernel, num_tokens, scale)
         assert isinstance(self.objective, JointGating)
-        return SharedLosses(self.gates, self.objective.num_cost_weights, num_tokens, scale)
+        return SharedLosses(self.model.gates_by_layer(), self.objective.num_cost_weights, num_tokens, scale)
 
     def _trained_depths(self, task: WeightedLosses | SharedLosses) -> tuple[int, ...]:
         return tuple(task.weights) if isinstance(task, WeightedLosses) else self._depths
 
-    def _begin(
-        self, batch: Batch, task: Any, micro_batches: int, active_LBT: Tensor | None, *, travels: bool
-    ) -> None:
+    def _begin(self, batch: Batch, task: Any, micro_batches: int, active_LBT: Tensor | None, *, travels: bool) -> None:
         work = self.pipeline.work
         work.task, work.micros = task, _cut(batch, micro_batches, active_LBT)
         self.pipeline.stage.renew()
@@ -230,18 +226,3 @@ def _filled(batch: Batch, active_LBT: Tensor | None, missing: int) -> tuple[Batc
 
 def _slice(statistics: TokenStatistics, count: int) -> TokenStatistics:
     return TokenStatistics(*(getattr(statistics, field.name)[:, :count] for field in fields(TokenStatistics)))
-
-
-def check_objective(objective: Objective) -> None:
-    """Refuse an objective that a pipeline cannot take apart.
-
-    Raises:
-        ConfigError: its loss is neither a weighted sum over depths nor joint gating.
-    """
-    if not isinstance(objective, JointGating) and objective.depth_weights(0) is None:
-        raise ConfigError(
-            f"The objective {type(objective).__name__} cannot run in a pipeline: its loss is no weighted sum over depths, "
-            "so that stages cannot add their parts.",
-            hint="Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
-            "eetrain.objectives.weighted_sum.WeightedSum.",
-        )

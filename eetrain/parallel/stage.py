@@ -137,9 +137,10 @@ class Stage:
         """Give up the storage of what other stages hold; names, shapes and modules stay.
 
         What the decoder runs outside its blocks (learned positions, say) stays as well, on stages behind the first as a
-        frozen copy: its output is not used there, but harvesting runs it.
+        frozen copy: its output is not used there, but harvesting runs it. Gates are small and stay on every stage.
         """
         own = {id(p) for piece in self.pieces for p in parameters_of(self.model, piece)}
+        own |= {id(p) for p in self.model.gates.parameters()}
         frame = {id(p) for p in frame_parameters(self.model)}
         for module in self.model.modules():
             for name, parameter in module._parameters.items():

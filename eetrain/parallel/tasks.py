@@ -19,11 +19,10 @@ from eetrain.objectives.linear_ce import (
     IGNORE_INDEX,
     Kernel,
     LinearCEOutput,
-    StatisticsLevel,
     TokenWeights,
     linear_cross_entropy,
 )
-from eetrain.objectives.token_statistics import TokenStatistics
+from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics
 from eetrain.parallel.injection import inject
 from eetrain.parallel.stage import MicroBatch, Stage
 

@@ -32,8 +32,8 @@ class Topology:
             fits = [count for count in range(1, min(world_size, num_blocks) + 1) if world_size % count == 0]
             raise TopologyError(
                 f"stages={stages} does not divide the {world_size} processes of the run.",
-                hint=f"Every replica is one process a stage: set stages to one of {', '.join(map(str, fits))}, or start "
-                f"a multiple of {stages} processes (trainer.devices times trainer.num_nodes).",
+                hint=f"Every replica is one process a stage: set stages to one of {', '.join(map(str, fits))}, or "
+                f"start a multiple of {stages} processes (trainer.devices times trainer.num_nodes).",
             )
         return cls(stages, world_size // stages)
 
@@ -65,6 +65,7 @@ def check_micro_batches(micro_batches: int, batch_size: int | None = None) -> No
     if batch_size is not None and batch_size % micro_batches:
         fits = ", ".join(str(count) for count in range(1, batch_size + 1) if batch_size % count == 0)
         raise TopologyError(
-            f"micro_batches={micro_batches} does not divide data.batch_size={batch_size}, the rows of a replica's step.",
+            f"micro_batches={micro_batches} does not divide data.batch_size={batch_size}, the rows of a replica's "
+            "step.",
             hint=f"Set micro_batches to one of {fits}, or data.batch_size to a multiple of {micro_batches}.",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,12 +48,19 @@ def vocabulary_size(config: BackboneConfig) -> int | None:
     return None if size is None else int(size)
 
 
-def freeze_idle(model: MultiExitModel, *, full_depth: bool) -> None:
+def freeze_idle(model: MultiExitModel, *, full_depth: bool, idle_blocks: Sequence[int] = ()) -> None:
     """Take parameters that no loss reaches out of training, in place.
 
     Without the full depth these are the blocks after the deepest exit, and the final norm and output matrix where no
-    exit uses them. Data-parallel training would otherwise wait for their gradients.
+    exit uses them. Training on several processes would otherwise wait for their gradients.
+
+    Args:
+        model: with its exits.
+        full_depth: whether the last block's output has a loss.
+        idle_blocks: blocks that never run, from 1.
     """
+    for layer in idle_blocks:
+        blocks_of(model.backbone, model.anatomy)[layer - 1].requires_grad_(False)
     if full_depth:
         return
     heads = [model.head(layer) for layer in model.exit_layers]

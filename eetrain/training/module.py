@@ -17,6 +17,7 @@ from eetrain.exits import ExitConfig, MultiExitModel, MultiExitOutput
 from eetrain.objectives import MultiExitCrossEntropy, Objective, ObjectiveOutput, score
 from eetrain.objectives.gate_targets import gate_logits
 from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
+from eetrain.objectives.token_statistics import TokenStatistics
 from eetrain.training.building import adapt, build_model, freeze_idle, resolved_settings
 from eetrain.training.checkpoint_state import (
     check_settings,
@@ -82,6 +83,7 @@ class EarlyExitModule(LightningModule):
         self.activation_checkpointing, self.router_loss = activation_checkpointing, router_loss
         self.predict_policy, self.predict_max_new_tokens = predict_policy, predict_max_new_tokens
         self.model: MultiExitModel | None = None
+        self.beside_model: dict[str, nn.Parameter] = {}  # what a strategy needs trained for its own ends
         self.metrics = nn.ModuleDict()
         self.gate_metrics = nn.ModuleDict()
         self.scores: dict[str, dict[str, float]] = {}
@@ -147,19 +149,34 @@ class EarlyExitModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed dropout for this batch."""
+        self.seed_noise(self.global_rank)
+
+    def seed_noise(self, process: int) -> None:
+        """Seed dropout and other noise of this batch; processes with equal numbers draw equally."""
         assert self._noise_seed is not None
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        seed_generators(batch_seed(self._noise_seed, self.global_rank, done))
+        seed_generators(batch_seed(self._noise_seed, process, done))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's loss, weighted by this process's share of the scored tokens."""
         result = self.compute_loss(batch)
-        share, means = self._over_processes(batch, result)
-        self.log("train/loss", means.pop("loss"), prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in means.items()})
+        share, means, seen = self._over_processes(batch, result)
+        self.log_step(means, seen)
+        return result.total * share
+
+    def log_step(self, means: dict[str, Tensor], seen: Tensor) -> None:
+        """Log a step of all processes.
+
+        Args:
+            means: ``loss`` and the objective's terms.
+            seen: tokens that were fed in.
+        """
+        # Stays on the device: reading it would wait for the step.
+        self._tokens_seen = self._tokens_seen.to(seen.device) + seen.long()
+        self.log("train/loss", means["loss"], prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in means.items() if name != "loss"})
         self.log("train/tokens", self._tokens_seen.float())
         self.log_dict({f"train/lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups})
-        return result.total * share
 
     def compute_loss(self, batch: Batch, *, statistics: bool = False) -> ObjectiveOutput:
         """Forward pass and objective of one batch at the present step."""
@@ -167,7 +184,8 @@ class EarlyExitModule(LightningModule):
         trains = self.objective.trains_model_at(step)
         routers = self.router_loss and self.settings.tuning != "frozen" and trains
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            output = self(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
+            # Not self(...): an engine's hooks on this module would end where that ends, and take away what the loss needs.
+            output = self.forward(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
         return self.objective(output, batch["labels"], step=step, statistics=statistics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -200,7 +218,7 @@ class EarlyExitModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the trainable parameters, with its schedule stepped every optimizer step."""
-        optimizer = build_adamw(self.named_parameters(), self.optimizer_config)
+        optimizer = build_adamw((*self.named_parameters(), *self.beside_model.items()), self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -232,13 +250,14 @@ class EarlyExitModule(LightningModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> EarlyExitModule:
         with keeping_tables(self):
-            super()._apply(fn, recurse)
+            # What other stages of a pipeline hold has no numbers to move.
+            super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
         return self
 
     def _adopt(self, model: MultiExitModel) -> None:
         self.objective.bind(model.exit_layers, model.num_blocks)
         self.objective.bind_gates(gates.cost_weights if (gates := model.config.gates) else ())
-        freeze_idle(model, full_depth=self.objective.needs_full_depth())
+        freeze_idle(model, full_depth=self.objective.needs_full_depth(), idle_blocks=self.objective.idle_blocks())
         if self.activation_checkpointing:
             model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model
@@ -296,36 +315,45 @@ class EarlyExitModule(LightningModule):
             )
 
     @torch.no_grad()
-    def _over_processes(self, batch: Batch, result: ObjectiveOutput) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """The factor that makes averaged gradients those of the mean over all tokens, and means of what is logged."""
+    def _over_processes(
+        self, batch: Batch, result: ObjectiveOutput
+    ) -> tuple[Tensor | float, dict[str, Tensor], Tensor]:
+        """What makes averaged gradients those of the mean over all tokens; means of what is logged; tokens fed in."""
         dtype = result.total.dtype
         scored = (shift_labels(batch["labels"]) != IGNORE_INDEX).sum().to(dtype)
         seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().to(dtype)
         values = {"loss": result.total, **result.terms}
         means = torch.stack([value.detach().to(dtype) for value in values.values()])
         if self.trainer.world_size == 1:
-            self._count(seen)
-            return 1.0, dict(zip(values, means, strict=True))
+            return 1.0, dict(zip(values, means, strict=True)), seen
         sums = self.trainer.strategy.reduce(torch.cat([torch.stack([scored, seen]), means * scored]), reduce_op="sum")
         total = sums[0].clamp(min=1)
-        self._count(sums[1])
-        return scored * self.trainer.world_size / total, dict(zip(values, sums[2:] / total, strict=True))
-
-    def _count(self, tokens: Tensor) -> None:
-        # Stays on the device: reading it would wait for the step.
-        self._tokens_seen = self._tokens_seen.to(tokens.device) + tokens.long()
+        return scored * self.trainer.world_size / total, dict(zip(values, sums[2:] / total, strict=True)), sums[1]
 
     def _score(self, batch: Batch, stage: Literal["val", "test"]) -> None:
-        output = self(batch, full_depth=self._built().full_depth_loaded)
+        output = self.forward(batch, full_depth=self._built().full_depth_loaded)
         statistics, layers = score(output, batch["labels"])
+        self.record_scores(stage, statistics, layers, shift_labels(batch["labels"]))
+
+    def record_scores(
+        self, stage: Literal["val", "test"], statistics: TokenStatistics, layers: tuple[int, ...], labels_N: Tensor
+    ) -> None:
+        """Add a batch to the metrics.
+
+        Args:
+            stage: whose metrics.
+            statistics: ``[E, N]``.
+            layers: the layer of each row.
+            labels_N: shifted labels.
+        """
         metrics = self.metrics[stage]
         assert isinstance(metrics, ExitMetrics)
-        labels_N = shift_labels(batch["labels"])
         metrics.update(statistics, layers, labels_N)
         if stage in self.gate_metrics:
             gates = self.gate_metrics[stage]
             assert isinstance(gates, GateMetrics)
-            gates.update(gate_logits(output.gates, statistics, labels_N), statistics, layers, labels_N)
+            logits_NKG = gate_logits(self._built().gates_by_layer(), statistics, labels_N)
+            gates.update(logits_NKG, statistics, layers, labels_N)
 
     def _log_scores(self, stage: Literal["val", "test"]) -> None:
         metrics = self.metrics[stage]

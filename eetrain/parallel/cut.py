@@ -1,0 +1,111 @@
+"""A model cut into stages: what this process keeps, and what it shares with others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from eetrain.exits import MultiExitModel
+from eetrain.parallel.costs import piece_costs
+from eetrain.parallel.partition import partition
+from eetrain.parallel.pieces import Piece, pipeline_pieces
+from eetrain.parallel.stage import Stage, parameters_of
+from eetrain.parallel.topology import Topology
+
+ANCHOR = Piece("tail", -1)
+"""The layer of a stage on which nothing is trained."""
+
+SharedParameter = tuple[nn.Parameter, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One process's part of a pipeline.
+
+    Attributes:
+        stage: what it runs.
+        topology: stages and replicas.
+        layers: of the whole pipeline: its pieces, and an anchor on every stage where nothing is trained.
+        parts: bounds of the stages in ``layers``.
+        shared: trained parameters that several stages use, with these stages, in an order all processes share.
+        owners: by a parameter's name in the model, the first stage that uses it.
+    """
+
+    stage: Stage
+    topology: Topology
+    layers: tuple[Piece, ...]
+    parts: tuple[int, ...]
+    shared: tuple[SharedParameter, ...]
+    owners: dict[str, int]
+
+
+def balanced_bounds(model: MultiExitModel, stages: int, length: int, *, full_depth: bool) -> tuple[int, ...]:
+    """Bounds of stages that compute equally much, exits counted.
+
+    Args:
+        model: whole, trained parameters marked.
+        stages: how many.
+        length: tokens of a row.
+        full_depth: whether the full depth is trained on.
+
+    Raises:
+        TopologyError: more stages than blocks.
+    """
+    costs = [float(cost.flops) for cost in piece_costs(model, length, full_depth=full_depth)]
+    return partition(pipeline_pieces(model.num_blocks, model.exit_layers), costs, stages)
+
+
+def cut(model: MultiExitModel, bounds: Sequence[int], topology: Topology, rank: int) -> Cut:
+    """Cut a model and give up, in place, what belongs to other stages.
+
+    Args:
+        model: whole, trained parameters marked.
+        bounds: of the stages in the model's pieces.
+        topology: stages and replicas.
+        rank: of this process.
+    """
+    pieces = pipeline_pieces(model.num_blocks, model.exit_layers)
+    stage = Stage(model, pieces, bounds, topology.stage_of(rank))
+    shared = _shared_parameters(model, pieces, bounds)
+    layers, parts = _with_anchors(model, pieces, bounds)
+    owners = _owners(model, pieces, bounds)
+    stage.keep_own()
+    return Cut(stage, topology, tuple(layers), tuple(parts), tuple(shared), owners)
+
+
+def _owners(model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]) -> dict[str, int]:
+    first: dict[int, int] = {}
+    for stage in range(len(bounds) - 1):
+        for piece in pieces[bounds[stage] : bounds[stage + 1]]:
+            for parameter in parameters_of(model, piece):
+                first.setdefault(id(parameter), stage)
+    return {name: first.get(id(p), 0) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _shared_parameters(model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]) -> list[SharedParameter]:
+    users: dict[int, list[int]] = {}
+    found: dict[int, nn.Parameter] = {}
+    for stage in range(len(bounds) - 1):
+        for piece in pieces[bounds[stage] : bounds[stage + 1]]:
+            for parameter in parameters_of(model, piece):
+                if parameter.requires_grad and stage not in users.setdefault(id(parameter), []):
+                    users[id(parameter)].append(stage)
+                    found[id(parameter)] = parameter
+    return [(found[key], tuple(stages)) for key, stages in users.items() if len(stages) > 1]
+
+
+def _with_anchors(
+    model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]
+) -> tuple[list[Piece], list[int]]:
+    """The layers and their bounds, with an anchor on every stage where nothing is trained."""
+    layers: list[Piece] = []
+    parts = [0]
+    for stage in range(len(bounds) - 1):
+        own = list(pieces[bounds[stage] : bounds[stage + 1]])
+        if not any(parameter.requires_grad for piece in own for parameter in parameters_of(model, piece)):
+            own.insert(len(own) - (own[-1].kind == "tail"), ANCHOR)
+        layers += own
+        parts.append(len(layers))
+    return layers, parts

@@ -1,0 +1,322 @@
+"""Pipeline parallelism under Lightning: one batch of a replica is one step of DeepSpeed's pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from eetrain.backbones.routers import has_routers
+from eetrain.errors import ConfigError, EETrainError, TopologyError
+from eetrain.objectives import JointGating
+from eetrain.parallel.cut import Cut, balanced_bounds, cut
+from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
+from eetrain.parallel.engine_strategy import EngineStrategy
+from eetrain.parallel.gate_training import GateTrainer
+from eetrain.parallel.topology import Topology, check_micro_batches
+from eetrain.training import EarlyExitModule
+from eetrain.training.optimization import build_adamw
+
+if TYPE_CHECKING:
+    from eetrain.parallel.pipeline import ExitPipeline
+    from eetrain.parallel.runner import PipelineRunner
+
+_USUAL_LENGTH = 512
+
+
+class PipelineStrategy(EngineStrategy):
+    """Cut the model into stages, one process each; several replicas of the pipeline share the data.
+
+    Losses, gradients, metrics and checkpoints are those of one process with the batches of all replicas. Exits may
+    stand on any stage; a parameter that several stages use (a tied output matrix, say) has a copy on each, whose
+    gradients are added up. Stages compute equally much, exits counted.
+
+    Example::
+
+        trainer:
+          devices: 4
+          strategy: {class_path: eetrain.parallel.PipelineStrategy, init_args: {stages: 2, micro_batches: 8}}
+
+    Args:
+        stages: of the pipeline; they divide the processes, and the rest are replicas. One stage is a pipeline, too.
+        micro_batches: that a batch of a replica is cut into; they divide ``data.batch_size``.
+        precision: see :class:`EngineStrategy`.
+        zero_stage: 1 shares the optimizer's state out among replicas; DeepSpeed's pipelines go no further.
+
+    Raises:
+        ConfigError: an unknown precision.
+        TopologyError: no stage or no micro-batch, or a ZeRO stage that goes with no pipeline.
+    """
+
+    def __init__(
+        self,
+        stages: int = 2,
+        micro_batches: int = 8,
+        precision: EnginePrecision = "float32",
+        zero_stage: Literal[0, 1] = 0,
+    ) -> None:
+        super().__init__(precision)
+        if zero_stage not in (0, 1):
+            raise TopologyError(
+                f"trainer.strategy.init_args.zero_stage={zero_stage}, but a pipeline keeps whole gradients and "
+                "parameters between micro-batches.",
+                hint="Set it to 0 or 1, or use eetrain.parallel.ZeroStrategy without stages.",
+            )
+        if stages < 1:
+            raise TopologyError(f"stages={stages}, but a pipeline has at least one.", hint="Set it to 1 or more.")
+        check_micro_batches(micro_batches)
+        self.stages, self.micro_batches, self.zero_stage = stages, micro_batches, zero_stage
+        self.pipeline: ExitPipeline | None = None
+        self.runner: PipelineRunner | None = None
+        self.gate_trainer: GateTrainer | None = None
+        self._cut: Cut | None = None
+
+    @property
+    def topology(self) -> Mapping[str, int]:
+        """Stages, replicas and ZeRO stage."""
+        return {"stages": self.stages, "replicas": self.world_size // self.stages, "zero_stage": self.zero_stage}
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The stages of a replica read the same data."""
+        replicas = self.world_size // self.stages
+        return {"num_replicas": replicas, "rank": self.global_rank % replicas}
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse what a pipeline cannot do as one process does it; see :meth:`EngineStrategy.check`.
+
+        Raises:
+            ConfigError: a setting in the wrong place, or an objective that cannot be taken apart.
+            TopologyError: stages or micro-batches that do not divide.
+        """
+        super().check(trainer, module)
+        Topology.of(self.num_processes * self.num_nodes, self.stages, max(self.stages, 1))
+        check_micro_batches(self.micro_batches, getattr(trainer.datamodule, "batch_size", None))
+        _check_settings(trainer, module)
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        """Let the processes of a machine build the model one after the other, each keeping its stage only.
+
+        Raises:
+            EETrainError: the model could not be built or cut, on this process or on another.
+        """
+        error: BaseException | None = None
+        for turn in range(self.num_processes):
+            if turn == self.local_rank:
+                try:
+                    yield
+                    self._cut_model()
+                except BaseException as caught:
+                    error = caught
+            failed: list[bool] = [False] * self.world_size
+            dist.all_gather_object(failed, error is not None)
+            if error is not None:
+                raise error
+            if any(failed):
+                raise EETrainError(
+                    f"Process {failed.index(True)} could not build its stage.", hint="Its own message says why."
+                )
+
+    def setup(self, trainer: Trainer) -> None:
+        """Build the pipeline, and the optimizer and the gates' own for a fit."""
+        from eetrain.parallel.pipeline import ExitPipeline
+
+        assert self.accelerator is not None
+        assert self._cut is not None
+        self.accelerator.setup(trainer)
+        self._failed = False
+        self.model = self._module
+        if self.pipeline is None:
+            self.model_to_device()
+            self.pipeline = ExitPipeline(self._cut)
+        if trainer.state.fn == TrainerFn.FITTING:
+            clip_norm = trainer.gradient_clip_val or None
+            self._setup_optimizers(trainer, self.pipeline, clip_norm)
+            (optimizer,) = self.optimizers
+            self.build_engine(optimizer, clip_norm)
+            self.optimizers = [self.engine.optimizer]
+        elif self.engine is None:
+            self.build_engine(None, None)
+
+    def build_engine(self, optimizer: Optimizer | None, clip_norm: float | None) -> Any:
+        """The pipeline's engine, and what feeds it."""
+        from eetrain.parallel.runner import PipelineRunner
+
+        assert self._cut is not None
+        assert self.pipeline is not None
+        zero_stage = 0 if optimizer is None else self.zero_stage
+        config = engine_config(
+            zero_stage=zero_stage, precision=self.precision, clip_norm=clip_norm, accumulate=self.micro_batches
+        )
+        self.engine = start_engine(self.pipeline, optimizer, config)
+        objective = self._module.objective
+        self.runner = PipelineRunner(self.pipeline, self.engine, objective, self._cut.topology, self.micro_batches)
+        return self.engine
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """A whole step: every micro-batch forward and backward, then the optimizer."""
+        module, runner = self._module, self._built
+        module.seed_noise(self.global_rank % runner.topology.replicas)
+        active_LBT = module.objective.active_blocks(batch["labels"], batch.get("position_ids"), training=True)
+        if self.stages > 1:
+            module.seed_noise(self.world_size + self.global_rank)
+        step = module.global_step
+        if isinstance(module.objective, JointGating) and module.objective.phase(step) == "gates":
+            loss, terms = self._train_gates(module.objective, batch)
+        else:
+            loss, terms = runner.train(batch, step, active_LBT)
+        if isinstance(module.objective, JointGating):
+            terms["phase"] = loss.new_tensor(module.objective.phase_number(step))
+        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().to(loss.dtype)
+        module.log_step({"loss": loss.float(), **terms}, runner.over_replicas(seen))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score all depths of a batch."""
+        self._score(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Score all depths of a batch."""
+        self._score(batch, "test")
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing is left to do after the step."""
+        return closure_loss
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Run the step, which contains that of the optimizer."""
+        trainer = self._module.trainer
+        call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
+        call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
+        return closure()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Names with the parameters that this process's stage stores."""
+        assert self._cut is not None
+        owners, index = self._cut.owners, self._cut.stage.index
+        state = super().lightning_module_state_dict()
+        return {name: t for name, t in state.items() if owners.get(name.removeprefix("model."), 0) == index}
+
+    def state_tensors(self, named: Mapping[str, Tensor], *, optimizer: bool) -> Iterator[tuple[str, Tensor]]:
+        """The engine's, and on one process those of the gates' optimizer."""
+        yield from super().state_tensors(named, optimizer=optimizer)
+        if optimizer and self.gate_trainer is not None and self.global_rank == 0:
+            yield from self.gate_trainer.state_tensors()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put masters, moments and steps back, those of the gates as well."""
+        if self.gate_trainer is not None:
+            assert self._folder is not None
+            self.gate_trainer.restore(self._folder)
+        super().load_optimizer_state_dict(checkpoint)
+
+    def teardown(self) -> None:
+        """Leave the pipeline where it is: the model is in parts, and may be validated next."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.accelerator.teardown()
+        self.optimizers = []
+
+    @property
+    def _module(self) -> EarlyExitModule:
+        assert isinstance(self.lightning_module, EarlyExitModule)
+        return self.lightning_module
+
+    @property
+    def _built(self) -> PipelineRunner:
+        assert self.runner is not None, "the pipeline is built in setup()"
+        return self.runner
+
+    def _cut_model(self) -> None:
+        model = self._module.model
+        assert model is not None
+        if self._cut is not None:
+            return
+        load_deepspeed()
+        topology = Topology.of(self.world_size, self.stages, model.num_blocks)
+        if self._module.router_loss and self._module.settings.tuning != "frozen" and has_routers(model.backbone):
+            raise ConfigError(
+                "The auxiliary loss of a mixture of experts is a product of sums over all blocks, which the stages of "
+                "a pipeline cannot add up.",
+                hint="Set model.router_loss=false, or use a strategy without stages.",
+            )
+        length = getattr(self._module.trainer.datamodule, "max_length", _USUAL_LENGTH)
+        full_depth = self._module.objective.needs_full_depth()
+        bounds = balanced_bounds(model, self.stages, length, full_depth=full_depth)
+        self._cut = cut(model, bounds, topology, self.global_rank)
+
+    def _setup_optimizers(self, trainer: Trainer, pipeline: ExitPipeline, clip_norm: float | None) -> None:
+        """AdamW over the stage's parameters. Gates rest while others learn, so they have one of their own."""
+        module = self._module
+        assert module.model is not None
+        gates = {name: p for name, p in module.named_parameters() if name.startswith("model.gates.")}
+        module.beside_model = {name: p for name, p in pipeline.named_parameters() if name.endswith(".anchor")}
+        module.model.gates.requires_grad_(False)
+        self.setup_optimizers(trainer)
+        module.model.gates.requires_grad_(True)
+        if gates:
+            own = build_adamw(gates.items(), module.optimizer_config)
+            for group in own.param_groups:
+                group["initial_lr"] = group["lr"]
+            self.gate_trainer = GateTrainer(gates, own, clip_norm)
+
+    def _train_gates(self, objective: JointGating, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.gate_trainer is not None
+        runner, group = self._built, self.engine.basic_optimizer.param_groups[0]
+        factor = group["lr"] / group["initial_lr"]
+        gates = runner.model.gates_by_layer()
+        result = self.gate_trainer.step(objective, gates, runner.score(batch), runner.over_replicas, factor)
+        return result.terms["gate_bce"], result.terms
+
+    def _score(self, batch: dict[str, Tensor], stage: Literal["val", "test"]) -> None:
+        module, runner = self._module, self._built
+        active_LBT = module.objective.active_blocks(batch["labels"], batch.get("position_ids"), training=False)
+        scored = runner.score(batch, active_LBT)
+        module.record_scores(stage, scored.statistics, scored.layers, scored.labels_N)
+
+
+def _check_settings(trainer: Trainer, module: LightningModule) -> None:
+    if not isinstance(module, EarlyExitModule):
+        raise ConfigError(
+            f"PipelineStrategy cuts an EarlyExitModule, and the module is a {type(module).__name__}.",
+            hint="Use eetrain.training.EarlyExitModule.",
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but a pipeline cuts each batch "
+            "itself.",
+            hint="Leave it out; set data.batch_size to the rows of a whole step, and micro_batches of the strategy.",
+        )
+    if trainer.state.fn == TrainerFn.PREDICTING:
+        raise ConfigError(
+            "predict generates token by token, which a training pipeline cannot.",
+            hint="Export the checkpoint and use eetrain generate, or predict without trainer.strategy.",
+        )
+    if module.settings.backbone.load == "exits":
+        raise ConfigError(
+            "model.backbone.load=exits leaves out the last blocks, but a pipeline has them on its last stages.",
+            hint="Leave it out: every process keeps its own stage only.",
+        )
+    if module.settings.backbone.dtype == "float64":
+        raise ConfigError(
+            "model.backbone.dtype=float64, which DeepSpeed does not add up over processes.",
+            hint="Use float32, or trainer.strategy.init_args.precision=bfloat16.",
+        )
+    objective = module.objective
+    if not isinstance(objective, JointGating) and objective.depth_weights(0) is None:
+        raise ConfigError(
+            f"The objective {type(objective).__name__} cannot run in a pipeline: its loss is no weighted sum over "
+            "depths, so stages cannot add their parts.",
+            hint="Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
+            "eetrain.objectives.weighted_sum.WeightedSum.",
+        )
