@@ -177,13 +177,10 @@ class PipelineRunner:
 
     def _gathered(self, task: Scores, depths: Sequence[int], num_tokens: int) -> TokenStatistics:
         """Statistics of all stages; each fills in its rows, and the sum is over one of them and zeros."""
-        example = next(iter(task.found.values()))[0].nll if task.found else torch.zeros(0)
-        dtype = torch.float64 if example.dtype == torch.float64 else torch.float32
-        device = self.pipeline.work.stage.model.device if not task.found else example.device
         parts = []
         for field in fields(TokenStatistics):
-            kind = torch.int64 if field.name == "prediction" else dtype
-            values_EN = torch.zeros(len(depths), num_tokens, dtype=kind, device=device)
+            dtype = torch.int64 if field.name == "prediction" else torch.float32
+            values_EN = torch.zeros(len(depths), num_tokens, dtype=dtype, device=self.engine.device)
             for row, depth in enumerate(depths):
                 if depth in task.found:
                     values_EN[row] = torch.cat([getattr(found, field.name)[0] for found in task.found[depth]])
