@@ -27,6 +27,7 @@ VERBS = {
     "compare": "put evaluated checkpoints and policies side by side",
     "bench": "measure decoding speed of exit policies against transformers",
     "export": "write a run as a Hugging Face folder",
+    "plan": "work out a pipeline on a cluster: step time, memory, what exits cost",
     "doctor": "check this machine and installation",
     "ls": "list recipes with their hardware and minutes",
 }

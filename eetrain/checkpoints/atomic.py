@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from eetrain.errors import CheckpointError
+from eetrain.training.placing import move_into_place
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     try:
         staged.mkdir(parents=True)
         yield staged
-        _swap(staged, target)
+        move_into_place(staged, target)
     except (OSError, SafetensorError) as error:
         raise _explained(error, target) from error
     finally:
@@ -44,20 +45,6 @@ def _check_replaceable(target: Path) -> None:
         raise CheckpointError(
             f"{target} exists and holds something that is not a model.", hint="Name a new or empty folder."
         )
-
-
-def _swap(staged: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    try:
-        os.replace(staged, target)
-    except OSError:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _explained(error: OSError | SafetensorError, target: Path) -> CheckpointError:

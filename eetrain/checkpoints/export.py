@@ -17,6 +17,10 @@ from eetrain.checkpoints.folder import load_checkpoint, save_checkpoint
 from eetrain.errors import CheckpointError
 from eetrain.exits import MultiExitModel
 from eetrain.training.building import build_model
+from eetrain.training.checkpoint_fallback import whole_checkpoint
+from eetrain.training.checkpoint_manifest import is_checkpoint_folder
+from eetrain.training.checkpoint_reading import read_checkpoint
+from eetrain.training.placing import standing
 from eetrain.training.settings import ModelSettings
 
 _PREFIX = "model."
@@ -33,10 +37,13 @@ def export_run(
 ) -> Path:
     """Write a run's model as a multi-exit checkpoint and check it by loading and running it.
 
+    Where a run's ``last`` is damaged, its newest whole checkpoint is written, with a warning; one that is named is not
+    replaced by another.
+
     Args:
-        run: a run's folder, or one of its ``.ckpt`` files.
+        run: a run's folder, or one of its checkpoints (``.ckpt`` files, or folders of runs of several processes).
         out: the folder to write.
-        checkpoint: which file of the run's ``checkpoints`` folder, without its ending.
+        checkpoint: which one of the run's ``checkpoints`` folder, without its ending.
         exit_policy: becomes the default of ``generate``; if left out, the one the run's objective trained for.
         keep_adapter: write a LoRA adapter and refer to its base instead of merging it.
         results: ``results.json`` of ``eetrain evaluate``, for the model card.
@@ -63,16 +70,9 @@ def read_lightning_checkpoint(file: Path) -> dict[str, Any]:
     """A run's checkpoint as plain tensors and data; nothing in it is executed.
 
     Raises:
-        CheckpointError: it cannot be read, or another program wrote it.
+        CheckpointError: it is damaged, or another program wrote it.
     """
-    try:
-        stored: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        # torch raises pickle, zip and runtime errors for a file that is cut short or not its own.
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{file} cannot be read: {reason}", hint="It is cut short or no checkpoint; use an older one of the run."
-        ) from error
+    stored = read_checkpoint(file)
     if "hyper_parameters" not in stored or "state_dict" not in stored:
         raise CheckpointError(f"{file} was not written by `eetrain fit`.", hint="Give a run's folder.")
     return stored
@@ -118,11 +118,11 @@ def verify(model: MultiExitModel, folder: str | Path) -> None:
 
 
 def _checkpoint_file(run: Path, checkpoint: str) -> Path:
-    if run.is_file():
+    if run.is_file() or is_checkpoint_folder(run):
         return run
     file = run / "checkpoints" / f"{checkpoint}.ckpt"
-    if file.is_file():
-        return file
+    if standing(file).exists():
+        return whole_checkpoint(file) if checkpoint == "last" else file
     found = ", ".join(sorted(path.stem for path in file.parent.glob("*.ckpt"))) or "none"
     raise CheckpointError(
         f"{run}: no checkpoint {checkpoint!r}; found {found}.",

@@ -21,7 +21,7 @@ def export(
     """Write a run's model as a folder that AutoModelForCausalLM and MultiExitModel open, and verify it.
 
     Args:
-        run: folder of the run, or one of its .ckpt files.
+        run: folder of the run, or one of its .ckpt files or folders.
         out: folder to write; new, empty, or an older export, which is replaced. By default the run's name followed
             by -export.
         checkpoint: which of the run's checkpoints, by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,6 +211,11 @@ class PipelineStrategy(EngineStrategy):
         yield from super().state_tensors(named, optimizer=optimizer)
         if optimizer and self.gate_trainer is not None and self.global_rank == 0:
             yield from self.gate_trainer.state_tensors()
+
+    def held_names(self) -> Container[str] | None:
+        """What is on this stage."""
+        state = super().lightning_module_state_dict()
+        return {name for name, tensor in state.items() if not tensor.is_meta}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Put masters, moments and steps back, those of the gates as well."""

@@ -19,10 +19,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from eetrain.cli_errors import explain
 from eetrain.data import CausalLMDataModule
 from eetrain.errors import ConfigError
-from eetrain.training.atomic_io import AtomicCheckpointIO, reporting_unreadable
+from eetrain.training.atomic_io import AtomicCheckpointIO
 from eetrain.training.building import vocabulary_size
+from eetrain.training.checkpoint_fallback import last_checkpoint
+from eetrain.training.checkpoint_reading import read_trainer_state
 from eetrain.training.console import ExitTable, hush
 from eetrain.training.module import EarlyExitModule
+from eetrain.training.placing import standing
 from eetrain.training.predictions import WritePredictions
 from eetrain.training.stopping import SaveBeforeStopping
 
@@ -63,6 +66,8 @@ class RunCLI(LightningCLI):
     Args:
         args: command line after the program's name; that of the process if left out.
     """
+
+    config: Any
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.metrics: dict[str, float] = {}
@@ -118,6 +123,8 @@ class RunCLI(LightningCLI):
             config.trainer.default_root_dir = folder
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = f"{folder}/checkpoints"
+        if config.ckpt_path == "last" and (found := last_checkpoint(config.checkpoint.dirpath)) is not None:
+            config.ckpt_path = str(found)
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if hasattr(logger, "class_path"):
@@ -149,7 +156,7 @@ class RunCLI(LightningCLI):
         config.callbacks = callbacks
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(resuming=self.subcommand == "fit")
         return trainer
 
     def after_fit(self) -> None:
@@ -171,10 +178,11 @@ class RunCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Evaluation takes the model's settings from the checkpoint; a fit has its own, which the checkpoint must fit.
-        path = self.config[self.config.subcommand].ckpt_path
-        if self.config.subcommand != "fit" and path is not None and Path(path).is_file():
-            with reporting_unreadable(path):
-                super()._parse_ckpt_path()
+        verb = self.config.subcommand
+        path = self.config[verb].ckpt_path
+        if verb != "fit" and path is not None and standing(Path(path)).exists():
+            settings = read_trainer_state(path).get("hyper_parameters", {})
+            self.config = self.parser.parse_object({verb: {"model": settings}}, self.config)
 
 
 def run(args: list[str] | None = None) -> None:

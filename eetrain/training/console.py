@@ -23,6 +23,7 @@ _SMALL_TALK = (
     "`weights_only` was not set",
     "Seed set to",
     "Loading `train_dataloader` to",
+    "Restored all states from the checkpoint",  # names the one asked for, also where another one took its place
 )
 _CHATTY_LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -108,7 +109,8 @@ class ExitTable(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""
-        counts = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
+        # What DeepSpeed has sharded is empty here, and bears its size under another name.
+        counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in pl_module.parameters()]
         trained, total = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
         layers = ", ".join(map(str, pl_module.settings.exits.layers or [])) or "no block"
         tell(trainer, f"Training {trained:,} of {total:,} parameters; exits after {layers}.")

@@ -184,7 +184,7 @@ class EarlyExitModule(LightningModule):
         trains = self.objective.trains_model_at(step)
         routers = self.router_loss and self.settings.tuning != "frozen" and trains
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            # Not self(...): an engine's hooks on this module would end where that ends, and take away what the loss needs.
+            # Not self(...): an engine's hooks on this module would end there and take away what the loss needs.
             output = self.forward(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
         return self.objective(output, batch["labels"], step=step, statistics=statistics)
 

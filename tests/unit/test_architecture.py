@@ -21,6 +21,7 @@ ALLOWED = {
     "data": set(),
     "decoding": {"schedules", "backbones", "exits"},
     "training": {"backbones", "exits", "objectives", "data"},
+    "parallel": {"backbones", "exits", "objectives", "training"},
     "checkpoints": {"backbones", "exits", "decoding", "training"},
     "evaluation": {"backbones", "exits", "decoding", "data", "viewing"},
     "viewing": {"decoding"},

@@ -1,0 +1,57 @@
+"""From a module that an engine has taken over back to a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from eetrain.parallel.engine_state import whole
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+_ATTRIBUTES = ("_external_params", "_original_parameters", "_z3_leaf", "pre_bwd_fn", "post_bwd_fn")
+_COUNTERS = "applied_pre_backward_ref_cnt"
+
+
+class Traces:
+    """Remembers the hooks of a module, so that those which an engine adds can be taken away again.
+
+    Args:
+        module: before the engine starts.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        # By identity: what metrics say of their equality changes with their state.
+        self._hooks = {id(part): [set(getattr(part, name)) for name in _HOOKS] for part in module.modules()}
+
+    def remove(self, engine: Any) -> None:
+        """Make parameters whole and plain, and end the engine; all processes take part."""
+        tensors = {id(p): p for p in self._module.parameters() if hasattr(p, "ds_id")}
+        # One at a time to the CPU: a GPU need not hold them all at once.
+        plain = {key: _plain(parameter) for key, parameter in tensors.items()}
+        engine.destroy()
+        self.unhook(self._module)
+        if tensors:
+            for part in self._module.modules():
+                _restore(part, plain)
+
+    def unhook(self, module: nn.Module) -> None:
+        """Take the added hooks off a part of the module and all parts of it."""
+        for part in module.modules():
+            for name, kept in zip(_HOOKS, self._hooks[id(part)], strict=True):
+                hooks = getattr(part, name)
+                for key in set(hooks) - kept:
+                    del hooks[key]
+
+
+def _plain(parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(whole(parameter).cpu(), requires_grad=parameter.requires_grad)
+
+
+def _restore(part: nn.Module, plain: dict[int, nn.Parameter]) -> None:
+    parameters = {name: None if p is None else plain.get(id(p), p) for name, p in dict.items(part._parameters)}
+    for name in list(vars(part)):
+        if name.startswith("ds_") or name in (*_ATTRIBUTES, _COUNTERS):
+            delattr(part, name)
+    part._parameters = parameters

@@ -1,0 +1,143 @@
+"""Data parallel training whose optimizer state, gradients and parameters are shared out among the processes (ZeRO)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from eetrain.errors import ConfigError
+from eetrain.exits import MultiExitModel
+from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
+from eetrain.parallel.engine_strategy import EngineStrategy
+from eetrain.parallel.rest import Rest
+from eetrain.parallel.unsharding import Traces
+from eetrain.training import EarlyExitModule
+
+Stage = Literal[1, 2, 3]
+_PLAIN = "trainer.strategy=ddp_find_unused_parameters_true"
+
+
+class ZeroStrategy(EngineStrategy):
+    """DeepSpeed's ZeRO under Lightning, on GPUs and CPUs; exits, objectives and checkpoints are as on one process.
+
+    Stage 1 shares out AdamW's state, 2 the gradients as well, 3 the parameters as well (arXiv 1910.02054). In stage 3
+    blocks are put together while they run; output matrices and gates, which objectives read, from the beginning of a
+    step's forward to its end and again in its backward. After the fit every process holds the whole module again, as it
+    did before: validate, test and predict outside a fit do not shard.
+
+    Example::
+
+        trainer:
+          strategy: {class_path: eetrain.parallel.ZeroStrategy, init_args: {stage: 3, precision: bfloat16}}
+
+    Args:
+        stage: of ZeRO.
+        precision: see :class:`EngineStrategy`.
+        stage3_param_persistence_threshold: parameters of at most so many numbers stay whole in stage 3.
+
+    Raises:
+        ConfigError: an unknown stage or precision, or a negative threshold.
+    """
+
+    def __init__(
+        self,
+        stage: Stage = 2,
+        precision: EnginePrecision = "float32",
+        stage3_param_persistence_threshold: int = 100_000,
+    ) -> None:
+        super().__init__(precision)
+        if stage not in get_args(Stage):
+            raise ConfigError(
+                f"trainer.strategy.init_args.stage={stage!r} is not known.",
+                hint="One of: 1, 2, 3; without sharding use trainer.strategy=ddp.",
+            )
+        if stage3_param_persistence_threshold < 0:
+            raise ConfigError(
+                f"stage3_param_persistence_threshold={stage3_param_persistence_threshold}.", hint="Set it to 0 or more."
+            )
+        self.stage, self.persistence_threshold = stage, stage3_param_persistence_threshold
+        self._traces: Traces | None = None
+        self._rest: Rest | None = None
+
+    @property
+    def topology(self) -> Mapping[str, int]:
+        """Replicas, all of one stage, and the ZeRO stage."""
+        return {"stages": 1, "replicas": self.world_size, "zero_stage": self.stage}
+
+    def check(self, trainer: Trainer, module: LightningModule) -> None:
+        """Refuse what ZeRO cannot do as one process does it; see :meth:`EngineStrategy.check`.
+
+        Raises:
+            ConfigError: an objective whose blocks run at some positions only, or gates in bfloat16.
+        """
+        super().check(trainer, module)
+        if not isinstance(module, EarlyExitModule):
+            return
+        name = type(module.objective).__name__
+        if module.objective.schedule is not None:
+            raise ConfigError(
+                f"The objective {name} leaves single blocks out of a step, and ZeRO steps all parameters of a group: "
+                "weights and moments of these blocks would decay.",
+                hint=f"Set {_PLAIN}.",
+            )
+        if module.objective.trains_gates and self.precision != "float32":
+            raise ConfigError(
+                f"The objective {name} trains gates, which stay in float32, but DeepSpeed would make all parameters "
+                f"{self.precision}.",
+                hint=f"Set trainer.strategy.init_args.precision=float32, or {_PLAIN} and trainer.precision=bf16-true.",
+            )
+
+    def build_engine(self, optimizer: Optimizer, clip_norm: float | None) -> Any:
+        """The engine around the LightningModule; see :meth:`EngineStrategy.build_engine`."""
+        module = self.lightning_module
+        assert module is not None
+        self._check_types(module)
+        model = module.model if isinstance(module, EarlyExitModule) else None
+        self._traces = Traces(module)
+        self._rest = Rest.of(module, optimizer)
+        sharding = {"stage3_param_persistence_threshold": self.persistence_threshold} if self.stage == 3 else {}
+        config = engine_config(zero_stage=self.stage, precision=self.precision, clip_norm=clip_norm, **sharding)
+        engine = start_engine(module, optimizer, config)
+        engine.set_gradient_accumulation_boundary(False)
+        if self.stage == 3 and model is not None:
+            # Gates run once for each chunk of a process's tokens: those with more would wait for the others to fetch.
+            self._traces.unhook(model.gates)
+            for parameter in read_by_objectives(model):
+                load_deepspeed().zero.register_external_parameter(module, parameter)
+        return engine
+
+    def step_engine(self) -> None:
+        """Step, with groups at rest left as they are."""
+        if self._rest is not None:
+            self._rest.settle(self.root_device)
+        super().step_engine()
+
+    def release_engine(self) -> None:
+        """Give the module back whole; see :meth:`EngineStrategy.release_engine`."""
+        assert self._traces is not None
+        if self._rest is not None:
+            self._rest.end()
+        self._traces.remove(self.engine)
+
+    def _check_types(self, module: nn.Module) -> None:
+        types = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        wanted = {torch.float32} if self.precision == "float32" else {torch.float32, torch.bfloat16}
+        if types - wanted:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+            raise ConfigError(
+                f"trainer.strategy.init_args.precision={self.precision}, but the model has parameters in {found}.",
+                hint="Set model.backbone.dtype=float32; the strategy's precision decides about the rest.",
+            )
+
+
+def read_by_objectives(model: MultiExitModel) -> Iterator[Tensor]:
+    """Parameters that objectives use outside the modules they belong to, or as often as the data ask for."""
+    _, shared = model.shared_tail()
+    projections = [shared, *(model.head(layer).projection(shared) for layer in model.exit_layers)]
+    found = [tensor for head in projections for tensor in (head.weight, head.bias) if tensor is not None]
+    yield from {id(tensor): tensor for tensor in (*found, *model.gates.parameters())}.values()
