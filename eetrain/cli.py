@@ -80,14 +80,22 @@ def _run(given: list[str], *, from_process: bool) -> int:
     if verb in RUN_VERBS:
         from eetrain.training.command import run
 
+        _keep_deepspeed_quiet()
         run(None if from_process else given)
         return OK
     from jsonargparse import auto_cli
 
     command = _command(verb)
+    _keep_deepspeed_quiet()
     arguments = with_list(with_flags(given[1:], command), command)
     status = auto_cli(command, args=arguments, as_positional=True, prog=f"eetrain {verb}", exit_on_error=False)
     return status if isinstance(status, int) else OK
+
+
+def _keep_deepspeed_quiet() -> None:
+    """accelerate imports DeepSpeed wherever it is installed, which then warns of a machine without GPU."""
+    if (torch := sys.modules.get("torch")) is not None and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def with_flags(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:

@@ -113,7 +113,7 @@ class EngineStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         loss: Tensor = self.precision_plugin.pre_backward(closure_loss, module)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss)
         after: Tensor = self.precision_plugin.post_backward(loss, module)
         return after
 

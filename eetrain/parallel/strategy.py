@@ -23,6 +23,7 @@ from eetrain.parallel.engine_strategy import EngineStrategy
 from eetrain.parallel.gate_training import GateTrainer
 from eetrain.parallel.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
+from eetrain.training.console import tell
 from eetrain.training.optimization import build_adamw
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class PipelineStrategy(EngineStrategy):
             self.model_to_device()
             self.pipeline = ExitPipeline(self._cut)
         if trainer.state.fn == TrainerFn.FITTING:
+            tell(trainer, f"Pipeline: {self._cut}; replicas: {self._cut.topology.replicas}.")
             clip_norm = trainer.gradient_clip_val or None
             self._setup_optimizers(trainer, self.pipeline, clip_norm)
             (optimizer,) = self.optimizers

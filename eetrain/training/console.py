@@ -109,9 +109,7 @@ class ExitTable(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is trained."""
-        # What DeepSpeed has sharded is empty here, and bears its size under another name.
-        counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in pl_module.parameters()]
-        trained, total = sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
+        trained, total = pl_module.parameter_counts
         layers = ", ".join(map(str, pl_module.settings.exits.layers or [])) or "no block"
         tell(trainer, f"Training {trained:,} of {total:,} parameters; exits after {layers}.")
 

@@ -83,6 +83,7 @@ class EarlyExitModule(LightningModule):
         self.activation_checkpointing, self.router_loss = activation_checkpointing, router_loss
         self.predict_policy, self.predict_max_new_tokens = predict_policy, predict_max_new_tokens
         self.model: MultiExitModel | None = None
+        self.parameter_counts = (0, 0)  # trained and all of the whole model, whatever a strategy leaves here
         self.beside_model: dict[str, nn.Parameter] = {}  # what a strategy needs trained for its own ends
         self.metrics = nn.ModuleDict()
         self.gate_metrics = nn.ModuleDict()
@@ -268,6 +269,8 @@ class EarlyExitModule(LightningModule):
                 self.gate_metrics[stage] = GateMetrics(gated, model.num_blocks, gates.cost_weights)
         self.settings = resolved_settings(self.settings, model)
         self._record_settings()
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        self.parameter_counts = (sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
         self.train()
 
     def _built(self) -> MultiExitModel:

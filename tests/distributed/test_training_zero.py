@@ -123,6 +123,7 @@ def run(name, strategy):
         use_distributed_sampler=False,
         num_sanity_val_steps=1,
         val_check_interval=2,
+        limit_val_batches=3,  # with which ZeRO-3 compares the calls of the processes in the phase of the exits
         **case.get("trainer", {}),
         **QUIET,
     )
