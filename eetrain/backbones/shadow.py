@@ -1,9 +1,12 @@
 """A shadow of a module tree: shares every parameter and submodule, but one path in it can be replaced.
 
-The user's model is never touched: only the modules on the path to the replaced one are shallow-copied.
+The user's model is never touched: only the modules on the path to the replaced one are shallow-copied. The copies leave
+forward hooks behind: those expect the module they were registered on, with nothing replaced in it.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from torch import nn
 
@@ -34,4 +37,6 @@ def _shallow(module: nn.Module) -> nn.Module:
     copied = module.__class__.__new__(module.__class__)
     copied.__dict__.update(module.__dict__)
     copied.__dict__["_modules"] = dict(module._modules)
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        copied.__dict__[hooks] = OrderedDict()
     return copied

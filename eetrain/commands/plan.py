@@ -9,12 +9,12 @@ from eetrain.commands.plan_table import picture_title, show_plan
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig
 from eetrain.exits.config import HeadKind, OutputKind
-from eetrain.parallel.cluster import Cluster, find_device
-from eetrain.parallel.memory import Precision
-from eetrain.parallel.plan import Workload
-from eetrain.parallel.plan_files import write_plan
-from eetrain.parallel.planning import Planner
-from eetrain.parallel.shapes import find_config, hollow_model
+from eetrain.planning.cluster import Cluster, find_device
+from eetrain.planning.memory import Precision
+from eetrain.planning.plan import Workload
+from eetrain.planning.plan_files import write_plan
+from eetrain.planning.planner import Planner
+from eetrain.planning.shapes import find_config, hollow_model
 from eetrain.training.settings import Tuning
 
 _OF_CHECKPOINT = ("format", "fingerprint")

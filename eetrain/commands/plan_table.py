@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from eetrain.commands.output import print_table
-from eetrain.parallel.plan import Layout, Plan
+from eetrain.planning.plan import Layout, Plan
 
 _GB = 1e9
 

@@ -1,4 +1,4 @@
-"""Training on several processes: pipelines with exits on any stage, sharded parameters, and what they cost."""
+"""Training on several processes: pipelines with exits on any stage, and sharded parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODULES = {"PipelineStrategy": "eetrain.parallel.strategy", "ZeroStrategy": "ee
 
 
 def __getattr__(name: str) -> Any:
-    """Import a strategy when it is first used: what only counts needs neither DeepSpeed nor Lightning."""
+    """Import a strategy when it is first used: nothing else here needs Lightning or DeepSpeed."""
     if name not in _MODULES:
         raise AttributeError(f"module 'eetrain.parallel' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from eetrain.exits import MultiExitModel
-from eetrain.parallel.costs import piece_costs
-from eetrain.parallel.partition import partition
-from eetrain.parallel.pieces import Piece, pipeline_pieces
 from eetrain.parallel.stage import Stage, parameters_of
-from eetrain.parallel.topology import Topology
+from eetrain.planning.costs import piece_costs
+from eetrain.planning.partition import partition
+from eetrain.planning.pieces import Piece, pipeline_pieces
+from eetrain.planning.topology import Topology
 
 ANCHOR = Piece("tail", -1)
 """The layer of a stage on which nothing is trained."""
@@ -53,7 +53,9 @@ def _summary(layers: Sequence[Piece]) -> str:
     return span + (f", exit{'s' * (len(exits) > 1)} {' and '.join(exits)}" if exits else "")
 
 
-def balanced_bounds(model: MultiExitModel, stages: int, length: int, *, full_depth: bool) -> tuple[int, ...]:
+def balanced_bounds(
+    model: MultiExitModel, stages: int, length: int, *, full_depth: bool, checkpointing: bool = False
+) -> tuple[int, ...]:
     """Bounds of stages that compute equally much, exits counted.
 
     Args:
@@ -61,12 +63,14 @@ def balanced_bounds(model: MultiExitModel, stages: int, length: int, *, full_dep
         stages: how many.
         length: tokens of a row.
         full_depth: whether the full depth is trained on.
+        checkpointing: whether blocks run again in backward.
 
     Raises:
         TopologyError: more stages than blocks.
     """
-    costs = [float(cost.flops) for cost in piece_costs(model, length, full_depth=full_depth)]
-    return partition(pipeline_pieces(model.num_blocks, model.exit_layers), costs, stages)
+    costs = piece_costs(model, length, full_depth=full_depth)
+    flops = [float(cost.step_flops(checkpointing=checkpointing)) for cost in costs]
+    return partition([cost.piece for cost in costs], flops, stages)
 
 
 def cut(model: MultiExitModel, bounds: Sequence[int], topology: Topology, rank: int) -> Cut:

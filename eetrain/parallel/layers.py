@@ -17,8 +17,8 @@ from eetrain.backbones import blocks_of
 from eetrain.backbones.anatomy import decoder_of, submodule
 from eetrain.objectives import FULL
 from eetrain.parallel.injection import end, hold
-from eetrain.parallel.pieces import Piece
 from eetrain.parallel.stage import MicroBatch, Stage
+from eetrain.planning.pieces import Piece
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FLOATS = {integer: real for real, integer in _INTEGERS.items()}

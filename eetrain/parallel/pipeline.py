@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from eetrain.parallel.cut import ANCHOR, Cut, SharedParameter
 from eetrain.parallel.deepspeed_setup import quiet
 from eetrain.parallel.layers import Anchor, Layer, Travelling, Work, build_layer, unpack
-from eetrain.parallel.pieces import Piece
 from eetrain.parallel.stage import Stage
-from eetrain.parallel.topology import Topology
+from eetrain.planning.pieces import Piece
+from eetrain.planning.topology import Topology
 from eetrain.training.precision import keeping_tables
 
 

@@ -23,7 +23,7 @@ from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.parallel.pipeline import ExitPipeline
 from eetrain.parallel.stage import MicroBatch
 from eetrain.parallel.tasks import Scores, SharedLosses, Sums, WeightedLosses
-from eetrain.parallel.topology import Topology, check_micro_batches
+from eetrain.planning.topology import Topology, check_micro_batches
 
 Batch = Mapping[str, Tensor]
 

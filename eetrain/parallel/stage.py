@@ -20,7 +20,7 @@ from eetrain.backbones.anatomy import causal_lm_of, decoder_of, submodule
 from eetrain.exits import MultiExitModel
 from eetrain.objectives import FULL
 from eetrain.parallel.injection import carry
-from eetrain.parallel.pieces import Piece
+from eetrain.planning.pieces import Piece
 
 RunBlocks = Callable[[Tensor, Sequence[int]], Tensor]
 
@@ -54,7 +54,7 @@ class Stage:
     Args:
         model: whole; see :meth:`keep_own`.
         pieces: of the whole pipeline.
-        bounds: of all stages, see :func:`eetrain.parallel.partition.partition`.
+        bounds: of all stages, see :func:`eetrain.planning.partition.partition`.
         index: which stage this is, from 0.
     """
 

@@ -21,7 +21,7 @@ from eetrain.parallel.cut import Cut, balanced_bounds, cut
 from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
 from eetrain.parallel.engine_strategy import EngineStrategy
 from eetrain.parallel.gate_training import GateTrainer
-from eetrain.parallel.topology import Topology, check_micro_batches
+from eetrain.planning.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
 from eetrain.training.console import tell
 from eetrain.training.optimization import build_adamw
@@ -258,8 +258,13 @@ class PipelineStrategy(EngineStrategy):
                 hint="Set model.router_loss=false, or use a strategy without stages.",
             )
         length = getattr(self._module.trainer.datamodule, "max_length", _USUAL_LENGTH)
-        full_depth = self._module.objective.needs_full_depth()
-        bounds = balanced_bounds(model, self.stages, length, full_depth=full_depth)
+        bounds = balanced_bounds(
+            model,
+            self.stages,
+            length,
+            full_depth=self._module.objective.needs_full_depth(),
+            checkpointing=self._module.activation_checkpointing,
+        )
         self._cut = cut(model, bounds, topology, self.global_rank)
 
     def _setup_optimizers(self, trainer: Trainer, pipeline: ExitPipeline, clip_norm: float | None) -> None:

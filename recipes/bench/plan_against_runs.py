@@ -27,7 +27,6 @@ from eetrain.backbones.loading import fresh_backbone
 from eetrain.objectives import MultiExitCrossEntropy
 from eetrain.parallel.cut import balanced_bounds, cut
 from eetrain.parallel.deepspeed_setup import engine_config, join_processes, load_deepspeed, quiet, start_engine
-from eetrain.parallel.topology import Topology
 from eetrain.planning.cluster import Cluster
 from eetrain.planning.costs import piece_costs
 from eetrain.planning.partition import partition
@@ -36,6 +35,7 @@ from eetrain.planning.schedule import one_forward_one_backward
 from eetrain.planning.shapes import find_config, hollow_model
 from eetrain.planning.simulation import StageTimes, simulate
 from eetrain.planning.timing import stage_times
+from eetrain.planning.topology import Topology
 from eetrain.testing.processes import run_on_processes
 
 EXITS = ([], [4], [2, 4, 6])
@@ -44,7 +44,10 @@ EXITS = ([], [4], [2, 4, 6])
 def main() -> None:
     args = arguments()
     print(f"{platform.processor() or platform.machine()}, 1 thread a process, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}, float32, hidden {args.hidden}, {args.blocks} blocks, vocabulary ", end="")
+    print(
+        f"transformers {transformers.__version__}, float32, hidden {args.hidden}, {args.blocks} blocks, vocabulary ",
+        end="",
+    )
     print(f"{args.vocab}, {args.micro_batches} micro-batches of 1 x {args.length} tokens, medians of {args.repeats}")
     for exits in EXITS:
         compare(args, exits)
@@ -109,7 +112,9 @@ def run(settings: dict, exits: list[int]) -> tuple[list[float], tuple[int, ...],
     pipeline = ExitPipeline(cut(model, bounds, topology, dist.get_rank()))
     optimizer = torch.optim.AdamW([p for p in pipeline.parameters() if p.requires_grad])
     config = engine_config(zero_stage=0, precision="float32", clip_norm=None, accumulate=args.micro_batches)
-    runner = PipelineRunner(pipeline, start_engine(pipeline, optimizer, config), objective, topology, args.micro_batches)
+    runner = PipelineRunner(
+        pipeline, start_engine(pipeline, optimizer, config), objective, topology, args.micro_batches
+    )
     ids = torch.randint(0, args.vocab, (args.micro_batches, args.length))
     return timed(lambda: runner.train({"input_ids": ids, "labels": ids}, 0), args.repeats), bounds, float(flops)
 

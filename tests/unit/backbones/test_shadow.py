@@ -46,6 +46,18 @@ def test_parameters_are_shared_not_copied():
     assert copied["d"].weight.eq(3.0).all()
 
 
+def test_hooks_of_copied_modules_are_left_behind_and_those_of_shared_ones_are_not():
+    root = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    seen = []
+    for name, module in root.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+        module.register_forward_pre_hook(lambda *_, name=name: seen.append(f"before {name}"))
+    shadow(root, {"1.0": nn.Identity()})(torch.ones(1, 2))
+    assert seen == ["before 0", "0"]
+    root(torch.ones(1, 2))
+    assert seen[2:] == ["before ", "before 0", "0", "before 1", "before 1.0", "1.0", "1", ""]
+
+
 @pytest.mark.parametrize("returns_tuple", [False, True])
 def test_a_recorder_passes_on_and_forgets_when_taken(returns_tuple):
     block = nn.Linear(2, 2)

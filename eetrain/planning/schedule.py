@@ -54,9 +54,9 @@ def one_forward_one_backward(
         stages: ``P``.
         micro_batches: ``M``.
         warmup: how many extra micro-batches visit each stage, forward and backward, before its first backward; never
-            rising from stage to stage (:func:`eetrain.parallel.bubbles.warmup_extras`).
+            rising from stage to stage (:func:`eetrain.planning.bubbles.warmup_extras`).
         cooldown: how many extra micro-batches each stage runs backward at the end; all of them run forward on every
-            stage; never falling (:func:`eetrain.parallel.bubbles.cooldown_extras`).
+            stage; never falling (:func:`eetrain.planning.bubbles.cooldown_extras`).
     """
     early = tuple(warmup) or (0,) * stages
     late = tuple(cooldown) or (0,) * stages

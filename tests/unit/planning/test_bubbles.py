@@ -8,9 +8,9 @@ from math import floor
 import pytest
 
 from eetrain.errors import ConfigError
-from eetrain.parallel.bubbles import cooldown_extras, term_counts, term_divisors, warmup_extras
-from eetrain.parallel.schedule import one_forward_one_backward
-from eetrain.parallel.simulation import StageTimes, simulate
+from eetrain.planning.bubbles import cooldown_extras, term_counts, term_divisors, warmup_extras
+from eetrain.planning.schedule import one_forward_one_backward
+from eetrain.planning.simulation import StageTimes, simulate
 
 
 def test_the_numbers_of_the_method():

@@ -8,11 +8,11 @@ from torch import Tensor
 from eetrain.backbones import Harvester
 from eetrain.exits import ExitConfig, MultiExitModel
 from eetrain.objectives import linear_ce
-from eetrain.parallel.activations import PieceActivations, saved_activations
-from eetrain.parallel.costs import PieceCost, Weight, piece_costs
 from eetrain.parallel.injection import inject
-from eetrain.parallel.memory import StageMemory, TrainingState, loss_chunk, stage_memory
-from eetrain.parallel.pieces import Piece
+from eetrain.planning.activations import PieceActivations, saved_activations
+from eetrain.planning.costs import PieceCost, Weight, piece_costs
+from eetrain.planning.memory import StageMemory, TrainingState, loss_chunk, stage_memory
+from eetrain.planning.pieces import Piece
 from eetrain.testing.tiny import tiny_model
 
 

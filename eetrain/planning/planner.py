@@ -8,17 +8,17 @@ from itertools import pairwise
 
 from eetrain.errors import TopologyError
 from eetrain.exits import MultiExitModel
-from eetrain.parallel.activations import PieceActivations, saved_activations
-from eetrain.parallel.bubbles import cooldown_extras, warmup_extras, with_exits
-from eetrain.parallel.cluster import Cluster
-from eetrain.parallel.costs import PieceCost, piece_costs
-from eetrain.parallel.memory import Precision, TrainingState, stage_memory
-from eetrain.parallel.partition import partition
-from eetrain.parallel.plan import ExitCost, Filling, Layout, Plan, StagePlan, Workload
-from eetrain.parallel.schedule import Schedule, one_forward_one_backward
-from eetrain.parallel.simulation import StageTimes, Timeline, simulate
-from eetrain.parallel.timing import reduce_seconds, stage_times
-from eetrain.parallel.topology import Topology
+from eetrain.planning.activations import PieceActivations, saved_activations
+from eetrain.planning.bubbles import cooldown_extras, warmup_extras, with_exits
+from eetrain.planning.cluster import Cluster
+from eetrain.planning.costs import PieceCost, piece_costs
+from eetrain.planning.memory import Precision, TrainingState, stage_memory
+from eetrain.planning.partition import partition
+from eetrain.planning.plan import ExitCost, Filling, Layout, Plan, StagePlan, Workload
+from eetrain.planning.schedule import Schedule, one_forward_one_backward
+from eetrain.planning.simulation import StageTimes, Timeline, simulate
+from eetrain.planning.timing import reduce_seconds, stage_times
+from eetrain.planning.topology import Topology
 
 _ROUNDING = 1e-9
 
@@ -51,7 +51,7 @@ class Planner:
         precision: Precision = "bfloat16",
         full_depth: bool = True,
     ) -> Planner:
-        """Count a model from :func:`eetrain.parallel.shapes.hollow_model`, made with the same settings."""
+        """Count a model from :func:`eetrain.planning.shapes.hollow_model`, made with the same settings."""
         costs = piece_costs(model, workload.length, full_depth=full_depth)
         return cls(costs, saved_activations(model, costs, workload.length), cluster, workload, precision)
 

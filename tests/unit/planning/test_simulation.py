@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from eetrain.parallel.schedule import Instruction, Schedule, one_forward_one_backward
-from eetrain.parallel.simulation import StageTimes, simulate
+from eetrain.planning.schedule import Instruction, Schedule, one_forward_one_backward
+from eetrain.planning.simulation import StageTimes, simulate
 
 
 def seconds(times: list[StageTimes], micro_batches: int) -> float:

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eetrain.parallel import timeline_picture
-from eetrain.parallel.schedule import one_forward_one_backward
-from eetrain.parallel.simulation import StageTimes, Timeline, simulate
-from eetrain.parallel.timeline_picture import draw_timeline
+from eetrain.planning import timeline_picture
+from eetrain.planning.schedule import one_forward_one_backward
+from eetrain.planning.simulation import StageTimes, Timeline, simulate
+from eetrain.planning.timeline_picture import draw_timeline
 
 
 def timeline(micro_batches: int = 3) -> Timeline:

@@ -8,15 +8,15 @@ import torch
 
 from eetrain.errors import CheckpointError, ConfigError, TopologyError
 from eetrain.exits import ExitConfig
-from eetrain.parallel.activations import PieceActivations
-from eetrain.parallel.cluster import DEVICES, Cluster, find_device
-from eetrain.parallel.costs import PieceCost, Weight
-from eetrain.parallel.memory import TrainingState
-from eetrain.parallel.pieces import Piece
-from eetrain.parallel.plan import Workload
-from eetrain.parallel.planning import Planner
-from eetrain.parallel.shapes import SHAPES, find_config, hollow_model
-from eetrain.parallel.timing import reduce_seconds, stage_times
+from eetrain.planning.activations import PieceActivations
+from eetrain.planning.cluster import DEVICES, Cluster, find_device
+from eetrain.planning.costs import PieceCost, Weight
+from eetrain.planning.memory import TrainingState
+from eetrain.planning.pieces import Piece
+from eetrain.planning.plan import Workload
+from eetrain.planning.planner import Planner
+from eetrain.planning.shapes import SHAPES, find_config, hollow_model
+from eetrain.planning.timing import reduce_seconds, stage_times
 from eetrain.testing.tiny import tiny_config
 
 CLUSTER = Cluster(devices=4, flops=200.0, memory=1e6, bandwidth=1e9, utilisation=0.5, latency=0.0)

@@ -8,8 +8,8 @@ from torch import Tensor
 from eetrain.backbones import Harvester
 from eetrain.errors import UnsupportedModelError
 from eetrain.exits import ExitConfig, MultiExitModel
-from eetrain.parallel.activations import PieceActivations, saved_activations
-from eetrain.parallel.costs import piece_costs
+from eetrain.planning.activations import PieceActivations, saved_activations
+from eetrain.planning.costs import piece_costs
 from eetrain.testing.tiny import FAMILIES, tiny_model
 
 # Masks of a window are turned into numbers by the CPU's kernel; offsets of four experts are not the meta device's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from eetrain.parallel.simulation import Interval, Timeline
+from eetrain.planning.simulation import Interval, Timeline
 
 # Okabe and Ito's palette, distinct with every kind of colour blindness; extra micro-batches are hatched, for print.
 _COLOURS = {

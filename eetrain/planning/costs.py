@@ -9,8 +9,8 @@ from torch import nn
 
 from eetrain.backbones import blocks_of, decoder_of, final_norm
 from eetrain.exits import MultiExitModel
-from eetrain.parallel.matrices import Matrix, attention_products, matrices_of
-from eetrain.parallel.pieces import Piece, pipeline_pieces
+from eetrain.planning.matrices import Matrix, attention_products, matrices_of
+from eetrain.planning.pieces import Piece, pipeline_pieces
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PieceCost:
 def piece_costs(model: MultiExitModel, length: int, *, full_depth: bool = True) -> tuple[PieceCost, ...]:
     """Costs of all pieces in their order, for one row of ``length`` tokens.
 
-    With ``A`` the multiply-adds of a piece (see :mod:`eetrain.parallel.matrices`), forward is ``2 A``. Backward is
+    With ``A`` the multiply-adds of a piece (see :mod:`eetrain.planning.matrices`), forward is ``2 A``. Backward is
     ``2 A`` for the gradients of its inputs, if anything before it or in it is trained, and ``2 A`` over the matrices
     that are trained themselves; attention's own products have no weights and count ``2 * 2 A``, without the scores that
     a flash kernel computes again. So a frozen backbone has no backward, and one with adapters about half of it. In the

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from eetrain.parallel.cluster import Cluster
-from eetrain.parallel.costs import PieceCost
-from eetrain.parallel.memory import TrainingState
-from eetrain.parallel.simulation import StageTimes
+from eetrain.planning.cluster import Cluster
+from eetrain.planning.costs import PieceCost
+from eetrain.planning.memory import TrainingState
+from eetrain.planning.simulation import StageTimes
 
 
 def stage_times(

@@ -13,7 +13,7 @@ from fractions import Fraction
 from itertools import accumulate
 
 from eetrain.errors import TopologyError
-from eetrain.parallel.pieces import Piece
+from eetrain.planning.pieces import Piece
 
 
 def partition(pieces: Sequence[Piece], costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -24,7 +24,7 @@ def partition(pieces: Sequence[Piece], costs: Sequence[float], stages: int) -> t
     2312.04916).
 
     Args:
-        pieces: from :func:`eetrain.parallel.pieces.pipeline_pieces`.
+        pieces: from :func:`eetrain.planning.pieces.pipeline_pieces`.
         costs: of each piece, finite and not negative, in any unit; forward plus backward seconds, say.
         stages: how many.
 
@@ -35,7 +35,7 @@ def partition(pieces: Sequence[Piece], costs: Sequence[float], stages: int) -> t
         TopologyError: no stage, or more stages than blocks.
 
     Example:
-        >>> from eetrain.parallel.pieces import pipeline_pieces
+        >>> from eetrain.planning.pieces import pipeline_pieces
         >>> partition(pipeline_pieces(4, [2]), [0, 2, 2, 1, 2, 2, 0], 2)
         (0, 3, 7)
     """

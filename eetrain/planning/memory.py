@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from eetrain.parallel.activations import PieceActivations
-from eetrain.parallel.costs import PieceCost
+from eetrain.planning.activations import PieceActivations
+from eetrain.planning.costs import PieceCost
 
 Precision = Literal["float32", "bfloat16"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eetrain.errors import TopologyError
-from eetrain.parallel.partition import check_stages
+from eetrain.planning.partition import check_stages
 
 
 @dataclass(frozen=True)

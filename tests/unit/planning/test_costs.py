@@ -14,8 +14,8 @@ from eetrain.backbones import Harvester
 from eetrain.backbones.loading import fresh_backbone
 from eetrain.errors import UnsupportedModelError
 from eetrain.exits import ExitConfig, GateConfig, MultiExitModel
-from eetrain.parallel.costs import piece_costs
-from eetrain.parallel.matrices import matrices_of
+from eetrain.planning.costs import piece_costs
+from eetrain.planning.matrices import matrices_of
 from eetrain.testing.tiny import FAMILIES, tiny_model
 
 LENGTH = 12

@@ -10,7 +10,7 @@ import torch
 from eetrain.backbones.loading import fresh_backbone, load_config
 from eetrain.errors import CheckpointError, ConfigError
 from eetrain.exits import ExitConfig, MultiExitModel
-from eetrain.parallel.memory import Precision
+from eetrain.planning.memory import Precision
 from eetrain.training.building import adapt, freeze_idle
 from eetrain.training.settings import BackboneConfig, LoraSettings, ModelSettings, Tuning
 

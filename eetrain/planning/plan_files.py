@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from eetrain.errors import ConfigError
-from eetrain.parallel.simulation import Timeline
-from eetrain.parallel.timeline_picture import draw_timeline
+from eetrain.planning.simulation import Timeline
+from eetrain.planning.timeline_picture import draw_timeline
 
 
 def write_plan(found: dict[str, Any], timeline: Timeline, folder: str | Path, *, title: str) -> list[Path]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from eetrain.parallel.schedule import Action, Instruction, Schedule
+from eetrain.planning.schedule import Action, Instruction, Schedule
 
 Work = Literal["forward", "heads", "backward", "send"]
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from eetrain.parallel.schedule import one_forward_one_backward
+from eetrain.planning.schedule import one_forward_one_backward
 
 NAMES = {
     "ForwardPass": "forward",

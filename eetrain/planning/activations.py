@@ -24,7 +24,7 @@ from transformers import Cache, DynamicCache
 from eetrain.backbones import Call, Harvest, Harvester, Projection, blocks_of, call_block
 from eetrain.errors import UnsupportedModelError
 from eetrain.exits import MultiExitModel
-from eetrain.parallel.costs import PieceCost
+from eetrain.planning.costs import PieceCost
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def saved_activations(model: MultiExitModel, costs: Iterable[PieceCost], length:
 
     Args:
         model: on the meta device.
-        costs: its pieces, from :func:`eetrain.parallel.costs.piece_costs` with the same ``length``.
+        costs: its pieces, from :func:`eetrain.planning.costs.piece_costs` with the same ``length``.
         length: tokens of a row.
 
     Raises:

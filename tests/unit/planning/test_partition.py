@@ -6,8 +6,8 @@ from itertools import combinations, pairwise, product
 import pytest
 
 from eetrain.errors import TopologyError
-from eetrain.parallel.partition import partition
-from eetrain.parallel.pieces import Piece, pipeline_pieces
+from eetrain.planning.partition import partition
+from eetrain.planning.pieces import Piece, pipeline_pieces
 
 
 def all_bounds(pieces: tuple[Piece, ...], stages: int) -> list[tuple[int, ...]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eetrain.parallel.cluster import Cluster
-from eetrain.parallel.memory import StageMemory
-from eetrain.parallel.simulation import StageTimes, Timeline
+from eetrain.planning.cluster import Cluster
+from eetrain.planning.memory import StageMemory
+from eetrain.planning.simulation import StageTimes, Timeline
 
 
 @dataclass(frozen=True)
