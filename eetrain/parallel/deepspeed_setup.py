@@ -44,9 +44,11 @@ def load_deepspeed() -> ModuleType:
     return module
 
 
-def join_processes(local_rank: int) -> None:
-    """Let DeepSpeed use the process group that is there already."""
+def join_processes(local_rank: int, device: torch.device) -> None:
+    """Let DeepSpeed use the process group that is there already, on this process's device."""
     os.environ["LOCAL_RANK"] = str(local_rank)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = load_deepspeed()
     with quiet():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)

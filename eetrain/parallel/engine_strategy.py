@@ -91,7 +91,7 @@ class EngineStrategy(DDPStrategy):
     def setup_distributed(self) -> None:
         """Build the process group, and let DeepSpeed join it."""
         super().setup_distributed()
-        join_processes(self.local_rank)
+        join_processes(self.local_rank, self.root_device)
 
     def setup(self, trainer: Trainer) -> None:
         """Build the optimizer and the engine for a fit; prepare the plain module for anything else."""

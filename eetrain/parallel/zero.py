@@ -7,18 +7,21 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from eetrain.errors import ConfigError
 from eetrain.exits import MultiExitModel
-from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
+from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, quiet, start_engine
 from eetrain.parallel.engine_strategy import EngineStrategy
 from eetrain.parallel.rest import Rest
 from eetrain.parallel.unsharding import Traces
 from eetrain.training import EarlyExitModule
 
 Stage = Literal[1, 2, 3]
+_LINEAR = functional.linear
 _PLAIN = "trainer.strategy=ddp_find_unused_parameters_true"
 
 
@@ -26,9 +29,9 @@ class ZeroStrategy(EngineStrategy):
     """DeepSpeed's ZeRO under Lightning, on GPUs and CPUs; exits, objectives and checkpoints are as on one process.
 
     Stage 1 shares out AdamW's state, 2 the gradients as well, 3 the parameters as well (arXiv 1910.02054). In stage 3
-    blocks are put together while they run; output matrices and gates, which objectives read, from the beginning of a
-    step's forward to its end and again in its backward. After the fit every process holds the whole module again, as it
-    did before: validate, test and predict outside a fit do not shard.
+    blocks are put together while they run; output matrices and gates, which objectives read, for the whole of a forward
+    and of a backward pass. Every process holds the whole module in the memory of its CPU before and after the fit;
+    validate, test and predict outside of one do not shard.
 
     Example::
 
@@ -102,6 +105,8 @@ class ZeroStrategy(EngineStrategy):
         self._rest = Rest.of(module, optimizer)
         sharding = {"stage3_param_persistence_threshold": self.persistence_threshold} if self.stage == 3 else {}
         config = engine_config(zero_stage=self.stage, precision=self.precision, clip_norm=clip_norm, **sharding)
+        if self.stage == 3:
+            self._shard(module, config)
         engine = start_engine(module, optimizer, config)
         engine.set_gradient_accumulation_boundary(False)
         if self.stage == 3 and model is not None:
@@ -110,6 +115,13 @@ class ZeroStrategy(EngineStrategy):
             for parameter in read_by_objectives(model):
                 load_deepspeed().zero.register_external_parameter(module, parameter)
         return engine
+
+    def model_to_device(self) -> None:
+        """Move the module, unless its parameters will go there in shards."""
+        module = self.lightning_module
+        assert module is not None
+        if self.stage < 3 or module.trainer.state.fn != TrainerFn.FITTING:
+            super().model_to_device()
 
     def step_engine(self) -> None:
         """Step, with groups at rest left as they are."""
@@ -123,6 +135,20 @@ class ZeroStrategy(EngineStrategy):
         if self._rest is not None:
             self._rest.end()
         self._traces.remove(self.engine)
+
+    def teardown(self) -> None:
+        """End the engine, and DeepSpeed's own form of linear maps with it; see :meth:`EngineStrategy.teardown`."""
+        super().teardown()
+        functional.linear = _LINEAR
+
+    def _shard(self, module: nn.Module, config: dict[str, Any]) -> None:
+        """Move the module to its device, cutting each parameter on the way: it may be too large for one device."""
+        dtype = getattr(torch, self.precision)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+        with quiet():
+            load_deepspeed().zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+        super().model_to_device()
 
     def _check_types(self, module: nn.Module) -> None:
         types = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}

@@ -99,7 +99,7 @@ def run(settings: dict, exits: list[int]) -> tuple[list[float], tuple[int, ...],
     """Seconds of every step, the bounds of the stages, and the FLOPs of a step."""
     args = argparse.Namespace(**settings)
     load_deepspeed()
-    join_processes(dist.get_rank())
+    join_processes(dist.get_rank(), torch.device("cpu"))
     from eetrain.parallel.pipeline import ExitPipeline
     from eetrain.parallel.runner import PipelineRunner
 
@@ -134,7 +134,7 @@ def harness(args: argparse.Namespace) -> None:
     """Sleeping stages of a 7B model on four devices."""
     stages, found = 4, {}
     for exits in ([], [10]):
-        model = hollow_model(find_config("7b"), ExitConfig(layers=exits, head="norm"))
+        model = hollow_model(find_config("llama-2-7b"), ExitConfig(layers=exits, head="norm"))
         costs = piece_costs(model, 2048)
         # Stages as they are best without exits: the question is what an exit costs, not how stages move.
         plain = [0.0 if cost.piece.kind == "exit" else float(cost.flops) for cost in costs]
@@ -189,7 +189,7 @@ class SleepingStage(torch.nn.Module):
 
 def sleep_run(times: list[StageTimes], micro_batches: int, repeats: int) -> list[float]:
     deepspeed = load_deepspeed()
-    join_processes(dist.get_rank())
+    join_processes(dist.get_rank(), torch.device("cpu"))
     with quiet():
         layers = [SleepingStage(own, last=place == len(times) - 1) for place, own in enumerate(times)]
         module = deepspeed.pipe.PipelineModule(layers, num_stages=len(times), partition_method="uniform")

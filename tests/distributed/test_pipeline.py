@@ -23,7 +23,10 @@ CASES = {
     "norm heads, packed": Case("qwen2", packed=True),
     "own mlp heads, learned positions": Case("gpt2", exits={"head": "mlp", "output": "own", "layers": [1, 2, 4]}),
     "block heads, soft cap, recomputed": Case(
-        "gemma2", exits={"head": "block", "layers": [2, 3]}, module={"activation_checkpointing": True}
+        "gemma2",
+        exits={"head": "block", "layers": [2, 3]},
+        objective=lambda: MultiExitCrossEntropy([0.25, 0.5]),
+        module={"activation_checkpointing": True},
     ),
     "without the full depth": Case(objective=lambda: MultiExitCrossEntropy(full_weight=0.0), exits={"layers": [1, 2]}),
     "frozen": Case(

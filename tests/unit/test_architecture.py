@@ -21,7 +21,7 @@ ALLOWED = {
     "data": set(),
     "decoding": {"schedules", "backbones", "exits"},
     "training": {"backbones", "exits", "objectives", "data"},
-    "planning": {"backbones", "exits"},
+    "planning": {"backbones", "exits", "training"},
     "parallel": {"backbones", "exits", "objectives", "planning", "training"},
     "checkpoints": {"backbones", "exits", "decoding", "training"},
     "evaluation": {"backbones", "exits", "decoding", "data", "viewing"},

@@ -9,6 +9,8 @@ from eetrain.errors import CheckpointError
 from eetrain.training.atomic_io import AtomicCheckpointIO
 from eetrain.training.randomness import batch_seed, seed_generators
 
+LARGE = torch.zeros(1_000_000)  # made here: a forked child has no threads to fill it
+
 
 def save(value, path):
     AtomicCheckpointIO().save_checkpoint({"weights": torch.full((10,), value)}, path)
@@ -25,7 +27,7 @@ def test_a_checkpoint_replaces_the_one_before(tmp_path):
 def _save_with_little_room(path, size, out):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
-        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1_000_000)}, path)
+        AtomicCheckpointIO().save_checkpoint({"weights": LARGE}, path)
     except CheckpointError as error:
         out.send((error.message, error.hint))
     else:
