@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from eetrain.errors import CheckpointError, ConfigError
 from eetrain.parallel.deepspeed_setup import EnginePrecision, join_processes
 from eetrain.parallel.engine_state import engine_tensors, restore_engine
-from eetrain.training.checkpoint_fallback import whole_checkpoint
+from eetrain.training.atomic_io import AtomicCheckpointIO
 from eetrain.training.checkpoint_folder import CheckpointFolder, save_folder
 from eetrain.training.processes import present_processes
 
@@ -171,7 +171,7 @@ class EngineStrategy(DDPStrategy):
         """
         assert self.lightning_module is not None
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        path = whole_checkpoint(checkpoint_path, present_processes())
+        path = AtomicCheckpointIO(resuming=fits).locate(checkpoint_path)
         if path.is_file():
             if fits:
                 raise CheckpointError(

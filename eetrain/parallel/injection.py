@@ -44,10 +44,11 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BTD = ctx.saved_tensors[0].detach().requires_grad_(ctx.through)
-        with torch.enable_grad():
-            loss = ctx.loss(hidden_BTD)
         inputs = [*([hidden_BTD] if ctx.through else []), *ctx.parameters]
-        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        with torch.set_grad_enabled(bool(inputs)):
+            loss = ctx.loss(hidden_BTD)
+        # Nothing may learn from it, as from the full depth of a frozen backbone: then it was only measured.
+        grads = list(torch.autograd.grad(loss, inputs, allow_unused=True)) if inputs else []
         if ctx.through:
             own_BTD = grads.pop(0)
             grad_BTD = grad_BTD if own_BTD is None else grad_BTD + own_BTD

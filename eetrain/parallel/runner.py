@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eetrain.exits import MultiExitModel
@@ -60,6 +60,9 @@ class PipelineRunner:
         self.pipeline, self.engine, self.objective = pipeline, engine, objective
         self.topology, self.micro_batches = topology, micro_batches
         self._shape: tuple[object, ...] = ()
+        self._resting: list[nn.Parameter] = []
+        if engine.basic_optimizer is not None:
+            engine.basic_optimizer.register_step_pre_hook(self._let_rest)
         if not objective.needs_full_depth():
             pipeline.stage.last_trained_block = max(objective.exit_layers, default=0)
 
@@ -150,6 +153,7 @@ class PipelineRunner:
         return ((micro.input_ids, micro.labels_N) for micro in micros)
 
     def _finish_gradients(self, task: WeightedLosses | SharedLosses) -> None:
+        self._resting = self._out_of_reach()
         for tie in self.pipeline.ties:
             if tie.parameter.grad is None:
                 tie.parameter.grad = torch.zeros_like(tie.parameter)
@@ -157,6 +161,20 @@ class PipelineRunner:
             loss, nll = self._totals(task.sums, task.num_tokens)
             if loss > 0:
                 self._scale_gradients(sum(nll.values(), loss.new_zeros(())) / loss)
+
+    def _out_of_reach(self) -> list[nn.Parameter]:
+        """Trained parameters of blocks that ran nowhere in this step, on no replica."""
+        if self.objective.schedule is None:
+            return []
+        tied = {id(tie.parameter) for tie in self.pipeline.ties}
+        trained = [p for p in self.pipeline.parameters() if p.requires_grad and id(p) not in tied]
+        reached = torch.tensor([p.grad is not None for p in trained], device=self.engine.device, dtype=torch.int32)
+        return [p for p, count in zip(trained, self.over_replicas(reached).tolist(), strict=True) if not count]
+
+    def _let_rest(self, *_: object) -> None:
+        # The engine has given them gradients of zero, with which AdamW would decay weights and moments.
+        for parameter in self._resting:
+            parameter.grad = None
 
     def _scale_gradients(self, factor: Tensor) -> None:
         for parameter in self.pipeline.parameters():

@@ -79,6 +79,7 @@ class PipelineStrategy(EngineStrategy):
         self.runner: PipelineRunner | None = None
         self.gate_trainer: GateTrainer | None = None
         self._cut: Cut | None = None
+        self._rates: dict[str, float] = {}
 
     @property
     def topology(self) -> Mapping[str, int]:
@@ -102,6 +103,13 @@ class PipelineStrategy(EngineStrategy):
         Topology.of(self.num_processes * self.num_nodes, self.stages, max(self.stages, 1))
         check_micro_batches(self.micro_batches, getattr(trainer.datamodule, "batch_size", None))
         _check_settings(trainer, module)
+        if module.objective.schedule is not None and (self.zero_stage or self.precision != "float32"):
+            raise ConfigError(
+                f"The objective {type(module.objective).__name__} leaves single blocks out of a step, and with "
+                f"zero_stage={self.zero_stage} and precision={self.precision} DeepSpeed steps all parameters of a "
+                "group: weights and moments of these blocks would decay.",
+                hint="Set trainer.strategy.init_args.zero_stage=0 and precision=float32.",
+            )
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
@@ -179,7 +187,8 @@ class PipelineStrategy(EngineStrategy):
         if isinstance(module.objective, JointGating):
             terms["phase"] = loss.new_tensor(module.objective.phase_number(step))
         seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().to(loss.dtype)
-        module.log_step({"loss": loss.float(), **terms}, runner.over_replicas(seen))
+        rates = {part: rate * self._rate_factor for part, rate in self._rates.items()}
+        module.log_step({"loss": loss.float(), **terms}, runner.over_replicas(seen), rates)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -281,13 +290,29 @@ class PipelineStrategy(EngineStrategy):
             for group in own.param_groups:
                 group["initial_lr"] = group["lr"]
             self.gate_trainer = GateTrainer(gates, own, clip_norm)
+        self._rates = self._rates_of_all(set(map(id, module.beside_model.values())))
+
+    def _rates_of_all(self, anchors: Container[int]) -> dict[str, float]:
+        """Peak learning rates by part of the model; no stage has groups of all parts."""
+        groups = [*self.optimizers[0].param_groups]
+        if self.gate_trainer is not None:
+            groups += self.gate_trainer.optimizer.param_groups
+        real = [group for group in groups if any(id(parameter) not in anchors for parameter in group["params"])]
+        found: list[dict[str, float]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(found, {group["name"]: group["initial_lr"] for group in real})
+        return {part: rate for rates in found for part, rate in sorted(rates.items())}
+
+    @property
+    def _rate_factor(self) -> float:
+        """What the schedule makes of the peak at this step."""
+        group = self.engine.basic_optimizer.param_groups[0]
+        return float(group["lr"] / group["initial_lr"])
 
     def _train_gates(self, objective: JointGating, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         assert self.gate_trainer is not None
-        runner, group = self._built, self.engine.basic_optimizer.param_groups[0]
-        factor = group["lr"] / group["initial_lr"]
+        runner = self._built
         gates = runner.model.gates_by_layer()
-        result = self.gate_trainer.step(objective, gates, runner.score(batch), runner.over_replicas, factor)
+        result = self.gate_trainer.step(objective, gates, runner.score(batch), runner.over_replicas, self._rate_factor)
         return result.terms["gate_bce"], result.terms
 
     def _score(self, batch: dict[str, Tensor], stage: Literal["val", "test"]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -165,19 +166,22 @@ class EarlyExitModule(LightningModule):
         self.log_step(means, seen)
         return result.total * share
 
-    def log_step(self, means: dict[str, Tensor], seen: Tensor) -> None:
+    def log_step(self, means: dict[str, Tensor], seen: Tensor, rates: Mapping[str, float] | None = None) -> None:
         """Log a step of all processes.
 
         Args:
             means: ``loss`` and the objective's terms.
             seen: tokens that were fed in.
+            rates: learning rates by part of the model; those of this process's optimizer if left out.
         """
+        if rates is None:
+            rates = {group["name"]: group["lr"] for group in self.trainer.optimizers[0].param_groups}
         # Stays on the device: reading it would wait for the step.
         self._tokens_seen = self._tokens_seen.to(seen.device) + seen.long()
         self.log("train/loss", means["loss"], prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in means.items() if name != "loss"})
         self.log("train/tokens", self._tokens_seen.float())
-        self.log_dict({f"train/lr/{g['name']}": g["lr"] for g in self.trainer.optimizers[0].param_groups})
+        self.log_dict({f"train/lr/{part}": rate for part, rate in rates.items()})
 
     def compute_loss(self, batch: Batch, *, statistics: bool = False) -> ObjectiveOutput:
         """Forward pass and objective of one batch at the present step."""

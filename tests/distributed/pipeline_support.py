@@ -44,6 +44,7 @@ class Case:
         tuning: what of the backbone is trained.
         module: more settings of the module.
         packed: rows hold several documents, told apart by positions.
+        prompts: every second batch begins with three tokens that are not scored.
         clip: largest norm of all gradients.
         strategy: more settings of the pipeline.
     """
@@ -55,6 +56,7 @@ class Case:
     tuning: str = "full"
     module: dict[str, Any] = field(default_factory=dict)
     packed: bool = False
+    prompts: bool = False
     clip: float | None = None
     strategy: dict[str, Any] = field(default_factory=dict)
 
@@ -101,12 +103,12 @@ def _moments(trainer: Any, module: EarlyExitModule) -> list[tuple[str, Tensor]]:
     return [(name.removeprefix(_MOMENT), tensor) for name, tensor in tensors if name.startswith(_MOMENT)]
 
 
-def batch(seed: int, rows: int, packed: bool) -> dict[str, Tensor]:
+def batch(seed: int, rows: int, case: Case) -> dict[str, Tensor]:
     """Rows with very different numbers of scored tokens, of a length that changes from batch to batch."""
     draw = torch.Generator().manual_seed(seed)
     length = 9 + seed % 3
     ids_BT = torch.randint(3, 61, (rows, length), generator=draw)
-    if packed:
+    if case.packed:
         starts_BT = torch.rand(rows, length, generator=draw) < 0.2
         place_T = torch.arange(length)
         begin_BT = torch.where(starts_BT, place_T, 0).cummax(1).values
@@ -117,8 +119,9 @@ def batch(seed: int, rows: int, packed: bool) -> dict[str, Tensor]:
             "labels": ids_BT.masked_fill(positions_BT == 0, -100),
             "position_ids": positions_BT,
         }
-    scored_BT = torch.arange(length) < torch.randint(2, length + 1, (rows, 1), generator=draw)
-    return {"input_ids": ids_BT, "labels": ids_BT.masked_fill(~scored_BT, -100), "attention_mask": scored_BT.long()}
+    real_BT = torch.arange(length) < torch.randint(2, length + 1, (rows, 1), generator=draw)
+    scored_BT = real_BT & (torch.arange(length) >= (3 if case.prompts and seed % 2 == 0 else 0))
+    return {"input_ids": ids_BT, "labels": ids_BT.masked_fill(~scored_BT, -100), "attention_mask": real_BT.long()}
 
 
 def part(rows: dict[str, Tensor], replica: int, replicas: int) -> dict[str, Tensor]:
@@ -153,9 +156,9 @@ def fit(case: Case, stages: int = 0) -> Fitted:
     replicas = num // stages if stages else 1
     settings = {"micro_batches": MICRO_BATCHES, **case.strategy}
     strategy: Any = PipelineStrategy(stages=stages, **settings) if stages else "auto"
-    train = [part(batch(seed, ROWS, case.packed), rank % replicas, replicas) for seed in range(STEPS)]
+    train = [part(batch(seed, ROWS, case), rank % replicas, replicas) for seed in range(STEPS)]
     # Six rows are no multiple of the micro-batches.
-    held_out = [part(batch(100 + rows, rows, case.packed), rank % replicas, replicas) for rows in (8, 6)]
+    held_out = [part(batch(100 + rows, rows, case), rank % replicas, replicas) for rows in (8, 6)]
     keep, module = Keep(), build(case)
     loader = functools.partial(DataLoader, batch_size=None)
     trainer = lightning.Trainer(

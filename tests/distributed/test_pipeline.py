@@ -40,6 +40,12 @@ CASES = {
         exits={"layers": []},
         packed=True,
     ),
+    # Block 2 runs in prompts only: without any it must rest.
+    "skipdecode, a block rests": Case(
+        objective=lambda: SkipDecode("skipdecode:max=3,min=2,length=4,prompt=full"),
+        exits={"layers": []},
+        prompts=True,
+    ),
     "skipdecode at random": Case(
         objective=lambda: SkipDecode("skipdecode:speed=2,length=4", "random", (1.2, 2.0), prompt_tokens=2),
         exits={"layers": []},

@@ -61,7 +61,7 @@ QUICK = [
     ("tied embeddings", 3),
     ("gates, clipped", 3),
 ]
-SLOW = [("frozen",3)]
+SLOW = [(name, stage) for name in CASES for stage in (1, 2, 3) if (name, stage) not in QUICK]
 
 
 class Keep(Callback):
@@ -111,11 +111,16 @@ def build(family="llama", changes=None, exits=None, objective=None, tuning="full
     return built
 
 
+def count_hooks(module):
+    return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()]
+
+
 def run(name, strategy, module=None):
     """Weights, gradients, metrics and what became of the parameters; validates in the fit, and after it."""
     rank, num = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     case, keep = CASES[name], Keep()
     module, loader = module or build(**case), functools.partial(DataLoader, part(rank, num), batch_size=None)
+    hooks = count_hooks(module)
     trainer = lightning.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
@@ -135,10 +140,8 @@ def run(name, strategy, module=None):
     trainer.validate(module, loader(), verbose=False)
     logged |= {f"after/{key}": float(value) for key, value in trainer.callback_metrics.items()}
     weights = {key: parameter.detach().float().numpy() for key, parameter in module.named_parameters()}
-    plain = functional.linear is LINEAR and not any(
-        part._forward_hooks or part._forward_pre_hooks or any(name.startswith("ds_") for name in vars(part))
-        for part in module.modules()
-    )
+    plain = functional.linear is LINEAR and count_hooks(module) == hooks
+    plain &= not any(name.startswith("ds_") for part in module.modules() for name in vars(part))
     return {
         "weights": weights,
         "gradients": keep.gradients,
@@ -165,15 +168,15 @@ def assert_same(one, two, tolerance, what):
 
 
 def check(results, name, stage):
-    """Gradients of the first step are equal to 1e-6; what comes after them builds on rounded weights."""
+    """Gradients of the first step are equal to 1e-6; what comes after builds on weights that were rounded elsewhere."""
     for of_rank, with_ddp in results:
         found, wanted = of_rank[name, stage], with_ddp.get(name) or run(name, "auto")
-        assert_same(found["weights"], wanted["weights"], 2e-6, "weight")
+        assert_same(found["weights"], wanted["weights"], 3e-6, "weight")
         assert len(found["gradients"]) == len(wanted["gradients"]) == STEPS
         for step, gradients in enumerate(wanted["gradients"]):
             # ZeRO-3 still has the gradients of an earlier step where none came in this one.
             learning = {key: found["gradients"][step][key] for key in gradients}
-            assert_same(learning, gradients, 2e-6 if step else 1e-6, f"gradient of step {step}")
+            assert_same(learning, gradients, 3e-6 if step else 1e-6, f"gradient of step {step}")
         assert found["logged"] == pytest.approx(wanted["logged"], rel=1e-5, abs=1e-6)
         assert {"train/loss", "val/nll/full", "after/val/nll/exit_1"} <= wanted["logged"].keys()
         assert found["sharded"] == (stage == 3), "a test of whole parameters would prove nothing"

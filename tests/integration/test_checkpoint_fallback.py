@@ -257,6 +257,7 @@ def scores_of(capsys, verb, *settings):
 def test_a_folder_is_scored_like_a_file_by_a_plain_run(trained, tmp_path, capsys):
     kept = trained / "run" / "checkpoints"
     rest = ["--data.tokenizer", trained / "model", "--trainer.accelerator", "cpu", "--run", tmp_path]
+    rest += ["--data.batch_size", 4, "--data.max_length", 16]  # as in the run's own file: sums go in the same order
     held_out = trained / "eval.jsonl"
     of_file = scores_of(capsys, "test", "--ckpt_path", kept / "file.ckpt", "--data.test", held_out, *rest)
     assert {"nll/exit_1", "nll/full"} <= of_file.keys(), "the model's settings are the checkpoint's"
