@@ -41,7 +41,7 @@ class Cut:
     owners: dict[str, int]
 
     def __str__(self) -> str:
-        """What each stage holds: ``blocks 1-3, exits 1 and 2 | block 4, exit 3``."""
+        """What each stage holds: ``blocks 1-3, exits 1, 2 | block 4, exit 3``."""
         bounds = zip(self.parts, self.parts[1:], strict=False)
         return " | ".join(_summary(self.layers[start:stop]) for start, stop in bounds)
 
@@ -50,7 +50,7 @@ def _summary(layers: Sequence[Piece]) -> str:
     blocks = [piece.layer for piece in layers if piece.kind == "block"]
     exits = [str(piece.layer) for piece in layers if piece.kind == "exit"]
     span = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
-    return span + (f", exit{'s' * (len(exits) > 1)} {' and '.join(exits)}" if exits else "")
+    return span + (f", exit{'s' * (len(exits) > 1)} {', '.join(exits)}" if exits else "")
 
 
 def balanced_bounds(

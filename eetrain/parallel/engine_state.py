@@ -120,6 +120,11 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+def is_flat(parameter: Tensor) -> bool:
+    """Whether an engine keeps the parameter in a flat piece, or the flat float32 copy of it."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
 def _flat_groups(engine: Any) -> list[tuple[list[Tensor], Tensor]]:
     for of_parameters, of_pieces in _FLAT_GROUPS:
         if hasattr(engine.optimizer, of_pieces):
@@ -144,14 +149,10 @@ def _replica(engine: Any) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def _is_flat(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-
 def _parts(parameter: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    flat = _is_flat(parameter)
+    flat = is_flat(parameter)
     yield "step", state["step"].clone() if state else torch.tensor(0.0)
     for key in MOMENTS if state else ():
         yield key, safe_get_full_optimizer_state(parameter, key) if flat else state[key]
@@ -172,7 +173,7 @@ def _restore(name: str, parameter: Tensor, state: dict[str, Any], folder: NamedT
     weight = folder.tensor(master if master in folder.names else name)
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(weight)
-    flat = _is_flat(parameter)
+    flat = is_flat(parameter)
     if flat:
         _set(parameter, None, weight)
     if state_name(MOMENTS[0], name) not in folder.names:

@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eetrain.parallel.engine_state import whole
+from eetrain.parallel.engine_state import is_flat, whole
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-_ATTRIBUTES = ("_external_params", "_original_parameters", "_z3_leaf", "pre_bwd_fn", "post_bwd_fn")
-_COUNTERS = "applied_pre_backward_ref_cnt"
+_PREFIX = "ds_"
+_ATTRIBUTES = (
+    *("_external_params", "_original_parameters", "pre_bwd_fn", "post_bwd_fn"),
+    *("applied_pre_backward_ref_cnt", "all_parameters"),
+)
 
 
 class Traces:
@@ -26,32 +29,30 @@ class Traces:
         self._hooks = {id(part): [set(getattr(part, name)) for name in _HOOKS] for part in module.modules()}
 
     def remove(self, engine: Any) -> None:
-        """Make parameters whole and plain, and end the engine; all processes take part."""
-        tensors = {id(p): p for p in self._module.parameters() if hasattr(p, "ds_id")}
+        """Put whole parameters of their own in the place of those the engine uses, and end it; all take part."""
         # One at a time to the CPU: a GPU need not hold them all at once.
-        plain = {key: _plain(parameter) for key, parameter in tensors.items()}
+        plain = {id(p): _plain(p) for p in self._module.parameters() if is_flat(p)}
         engine.destroy()
         self.unhook(self._module)
-        if tensors:
-            for part in self._module.modules():
-                _restore(part, plain)
+        for part in self._module.modules():
+            _restore(part, plain)
 
     def unhook(self, module: nn.Module) -> None:
         """Take the added hooks off a part of the module and all parts of it."""
         for part in module.modules():
-            for name, kept in zip(_HOOKS, self._hooks[id(part)], strict=True):
+            for name, kept in zip(_HOOKS, self._hooks.get(id(part), ()), strict=False):
                 hooks = getattr(part, name)
                 for key in set(hooks) - kept:
                     del hooks[key]
 
 
 def _plain(parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(whole(parameter).cpu(), requires_grad=parameter.requires_grad)
+    return nn.Parameter(whole(parameter).to("cpu", copy=True), requires_grad=parameter.requires_grad)
 
 
 def _restore(part: nn.Module, plain: dict[int, nn.Parameter]) -> None:
     parameters = {name: None if p is None else plain.get(id(p), p) for name, p in dict.items(part._parameters)}
     for name in list(vars(part)):
-        if name.startswith("ds_") or name in (*_ATTRIBUTES, _COUNTERS):
+        if name.startswith(_PREFIX) or name in _ATTRIBUTES:
             delattr(part, name)
     part._parameters = parameters

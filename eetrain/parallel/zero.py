@@ -20,7 +20,7 @@ from eetrain.parallel.rest import Rest
 from eetrain.parallel.unsharding import Traces
 from eetrain.training import EarlyExitModule
 
-Stage = Literal[1, 2, 3]
+ZeroStage = Literal[1, 2, 3]
 _LINEAR = functional.linear
 _PLAIN = "trainer.strategy=ddp_find_unused_parameters_true"
 
@@ -49,12 +49,12 @@ class ZeroStrategy(EngineStrategy):
 
     def __init__(
         self,
-        stage: Stage = 2,
+        stage: ZeroStage = 2,
         precision: EnginePrecision = "float32",
         stage3_param_persistence_threshold: int = 100_000,
     ) -> None:
         super().__init__(precision)
-        if stage not in get_args(Stage):
+        if stage not in get_args(ZeroStage):
             raise ConfigError(
                 f"trainer.strategy.init_args.stage={stage!r} is not known.",
                 hint="One of: 1, 2, 3; without sharding use trainer.strategy=ddp.",
@@ -95,11 +95,20 @@ class ZeroStrategy(EngineStrategy):
                 hint=f"Set trainer.strategy.init_args.precision=float32, or {_PLAIN} and trainer.precision=bf16-true.",
             )
 
+    def setup(self, trainer: Trainer) -> None:
+        """Give parameters their precision before a fit; see :meth:`EngineStrategy.setup`."""
+        module = self.lightning_module
+        assert module is not None
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_types(module)
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(getattr(torch, self.precision))
+        super().setup(trainer)
+
     def build_engine(self, optimizer: Optimizer, clip_norm: float | None) -> Any:
         """The engine around the LightningModule; see :meth:`EngineStrategy.build_engine`."""
         module = self.lightning_module
         assert module is not None
-        self._check_types(module)
         model = module.model if isinstance(module, EarlyExitModule) else None
         self._traces = Traces(module)
         self._rest = Rest.of(module, optimizer)
@@ -143,11 +152,8 @@ class ZeroStrategy(EngineStrategy):
 
     def _shard(self, module: nn.Module, config: dict[str, Any]) -> None:
         """Move the module to its device, cutting each parameter on the way: it may be too large for one device."""
-        dtype = getattr(torch, self.precision)
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
         with quiet():
-            load_deepspeed().zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+            load_deepspeed().zero.Init(module=module, config_dict_or_path=config, dtype=getattr(torch, self.precision))
         super().model_to_device()
 
     def _check_types(self, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A pipeline is one process with the batches of all replicas: losses, gradients of every step, metrics and weights."""
 
 import pytest
-from pipeline_support import Case, assert_same, fit, merged
+from pipeline_support import Case, Fitted, assert_same, fit, merged
 
 from eetrain.exits import GateConfig
 from eetrain.objectives import EETuning, JointGating, MultiExitCrossEntropy, SkipDecode
@@ -9,6 +9,7 @@ from eetrain.testing.processes import run_on_processes
 
 
 def gating():
+    """Warm-up, gates, exits, gates."""
     return JointGating(warmup_steps=1, phase_steps=1)
 
 
@@ -55,4 +56,73 @@ CASES = {
         exits={"layers": []},
         packed=True,
     ),
+    "zero 1": Case(
+        "qwen3",
+        changes={"tie_word_embeddings": True},
+        exits={"head": "tied"},
+        clip=0.3,
+        strategy={"zero_stage": 1},
+    ),
+    "bfloat16": Case(exits={"output": "own"}, strategy={"precision": "bfloat16"}),
+    "bfloat16, zero 1": Case(exits={"head": "mlp"}, strategy={"precision": "bfloat16", "zero_stage": 1}),
+    "gates, bfloat16": Case(
+        objective=gating, exits={"gates": GATES, "head": "mlp"}, strategy={"precision": "bfloat16"}
+    ),
 }
+# Replicas draw depths of their own, each for its rows.
+ON_ONE_REPLICA = {"skipdecode at random", "skipdecode at random, packed"}
+QUICK = {
+    "pp1": ["tied heads, tied embeddings, clipped", "frozen", "gates, frozen"],
+    "pp3": [
+        "tied heads, tied embeddings, clipped",
+        "own mlp heads, learned positions",
+        "block heads, soft cap, recomputed",
+        "without the full depth",
+        "frozen",
+        "lora, recomputed",
+        "gates",
+        "gates, frozen",
+        "skipdecode, a block rests",
+        "skipdecode at random, packed",
+        "bfloat16",
+    ],
+    "2x2": ["norm heads, packed", "without the full depth", "gates", "skipdecode, packed", "zero 1"],
+}
+SIZES = {"pp1": (1, 1), "pp2": (2, 2), "pp3": (3, 3), "pp4": (4, 4), "2x2": (4, 2), "3x1": (3, 1)}
+
+
+def fit_all(names, stages):
+    return {name: fit(CASES[name], stages) for name in names}
+
+
+def check(size, names):
+    """Every case on ``(processes, stages)``, all in one world of processes."""
+    processes, stages = SIZES[size]
+    of_ranks = run_on_processes(fit_all, processes, names, stages, timeout=600)
+    for name in names:
+        tolerances = [2e-2, 2e-2] if "precision" in CASES[name].strategy else []
+        assert_same(merged([found[name] for found in of_ranks]), fit(CASES[name]), name, *tolerances)
+
+
+@pytest.mark.parametrize("size", QUICK)
+def test_a_pipeline_trains_as_one_process(size):
+    check(size, QUICK[size])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_a_pipeline_trains_as_one_process_in_every_case(size):
+    processes, stages = SIZES[size]
+    check(size, [name for name in CASES if processes == stages or name not in ON_ONE_REPLICA])
+
+
+def test_the_comparison_sees_a_gradient_that_is_a_millionth_off_and_a_parameter_that_is_not_there():
+    wanted = fit(CASES["norm heads, packed"])
+    name = next(iter(wanted.gradients[0]))
+    off = dict(wanted.gradients[0])
+    off[name] = off[name] + 1.5e-6
+    with pytest.raises(AssertionError, match=f"gradient of step 0: {name} is 1.5e-06 off"):
+        assert_same(Fitted(wanted.logged, [off, *wanted.gradients[1:]], wanted.scores, wanted.weights), wanted, "x")
+    del off[name]
+    with pytest.raises(AssertionError, match=f"gradient of step 0: .*{name}"):
+        assert_same(Fitted(wanted.logged, [off, *wanted.gradients[1:]], wanted.scores, wanted.weights), wanted, "x")

@@ -1,6 +1,8 @@
 """Training with shared out optimizer state, gradients and parameters is training without, gradient by gradient."""
 
 import functools
+import os
+from unittest.mock import patch
 
 import lightning
 import pytest
@@ -184,12 +186,18 @@ def check(results, name, stage):
 
 
 def run_more(cases):
-    """All that, one module fitted at three stages in turn, and bfloat16."""
+    """All that, one module fitted at three stages in turn, bfloat16, and a refusal."""
     results = run_zero(cases)
     module = build()
     in_turn = [run("own heads", ZeroStrategy(stage), module) for stage in (3, 1, 3)]
+    with pytest.raises(ConfigError) as caught:
+        run(
+            "own heads",
+            ZeroStrategy(),
+            EarlyExitModule.from_model(MultiExitModel(tiny_model(), ExitConfig(layers=[1]))),
+        )
     narrow = {stage: run("norm heads, clipped", ZeroStrategy(stage, "bfloat16"))["logged"] for stage in (1, 2, 3)}
-    return results, in_turn, narrow
+    return results, in_turn, narrow, str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +218,7 @@ def test_two_processes_train_as_without_sharding(name, stage, quick):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stage"), SLOW)
 def test_two_processes_train_as_without_sharding_in_every_case(name, stage, slow):
-    check([results for results, _, _ in slow], name, stage)
+    check([results for results, *_ in slow], name, stage)
 
 
 @pytest.mark.slow
@@ -218,16 +226,24 @@ def test_a_module_can_be_fitted_again(slow):
     module = build()
     for turn in range(3):
         wanted = run("own heads", "auto", module)
-        for _, in_turn, _ in slow:
+        for _, in_turn, *_ in slow:
             assert_same(in_turn[turn]["weights"], wanted["weights"], 1e-5, f"weight after fit {turn}")
             assert in_turn[turn]["plain"]
+
+
+@pytest.mark.slow
+def test_parameters_of_another_precision_are_refused(slow):
+    assert {text for *_, text in slow} == {
+        "trainer.strategy.init_args.precision=float32, but the model has parameters in float64. HINT: Set "
+        "model.backbone.dtype=float32; the strategy's precision decides about the rest."
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_trains_close_to_float32(slow, stage):
     wanted = run("norm heads, clipped", "auto")["logged"]
-    for _, _, narrow in slow:
+    for _, _, narrow, _ in slow:
         for name in ("train/loss", "val/nll/exit_1", "after/val/nll/full"):
             assert narrow[stage][name] != wanted[name]
             assert narrow[stage][name] == pytest.approx(wanted[name], rel=2e-2)
@@ -270,11 +286,11 @@ def test_bfloat16_trains_close_to_float32(slow, stage):
     ],
 )
 def test_settings_in_the_wrong_place_are_refused_before_processes_meet(trainer, case, strategy, message, hint):
-    module = build(**case)
-    with pytest.raises(ConfigError) as caught:
-        lightning.Trainer(accelerator="cpu", devices=1, strategy=ZeroStrategy(**strategy), **trainer, **QUIET).fit(
-            module, DataLoader(part(0, 2), batch_size=None)
-        )
+    module, loader = build(**case), DataLoader(part(0, 2), batch_size=None)
+    built = lightning.Trainer(accelerator="cpu", devices=1, strategy=ZeroStrategy(**strategy), **trainer, **QUIET)
+    # Lightning leaves behind where it is, and later processes would believe to be there as well.
+    with patch.dict(os.environ), pytest.raises(ConfigError) as caught:
+        built.fit(module, loader)
     assert (caught.value.message, caught.value.hint) == (message, hint)
     assert not dist.is_initialized()
 

@@ -1,21 +1,29 @@
 """Checkpoints of sharded training: resumed bitwise, on another ZeRO stage, and on another number of processes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from eetrain.cli import main
+from eetrain.errors import CheckpointError
 from eetrain.testing.processes import run_on_processes
 from eetrain.testing.runs import write_run
-from eetrain.training.checkpoint_folder import CheckpointFolder
+from eetrain.training.checkpoint_folder import CheckpointFolder, save_folder
+from eetrain.training.processes import present_processes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDED = "--trainer.strategy.stage3_param_persistence_threshold=0"
 # 24 rows in batches of 4 make an epoch of 6 steps: all of it happens inside an epoch.
+GATES = [
+    *("--model.objective=eetrain.objectives.JointGating", "--model.objective.warmup_steps=1"),
+    *("--model.objective.phase_steps=1", "--model.exits.gates.cost_weights=[0.5]"),
+]
 COURSE = [
     *("--trainer.max_steps", "4", "--trainer.limit_val_batches", "0", "--trainer.gradient_clip_val", "1"),
     *("--model.optimizer.lr", "0.01", "--model.optimizer.eps", "1e-3"),
@@ -52,6 +60,31 @@ def run_and_resume(base, stage, others, *settings):
         fit(base, again, 2, "--run", folder / f"at{again}", "--ckpt_path", middle, "--seed_everything", 99, *settings)
 
 
+def refused(base):
+    """What is said of checkpoints that no fit can go on from."""
+    torch.save({}, base.parent / "single.ckpt")
+    processes = present_processes()
+    save_folder(base.parent / "weights.ckpt", {}, {"global_step": 1}, topology={}, processes=processes)
+    found = []
+    for name in ("single.ckpt", "weights.ckpt"):
+        with patch.dict(os.environ, EETRAIN_DEBUG="1"), pytest.raises(CheckpointError) as caught:
+            fit(base, 3, 2, "--ckpt_path", base.parent / name)
+        found.append((caught.value.message, caught.value.hint))
+    return found
+
+
+def run_narrow_and_wide(base, stage, others):
+    """In bfloat16, and two of the steps in float32."""
+    run_and_resume(base, stage, others, "--trainer.strategy.precision=bfloat16")
+    middle = base.parent / "whole" / "checkpoints" / "step=2.ckpt"
+    fit(base, stage, 2, "--run", base.parent / "wide", "--ckpt_path", middle)
+
+
+def run_resume_and_be_refused(base):
+    run_and_resume(base, 3, [2])
+    return refused(base)
+
+
 def last(run):
     return CheckpointFolder.open(run / "checkpoints" / "last.ckpt")
 
@@ -68,7 +101,7 @@ def assert_same(one, two, tolerance=0.0):
 
 
 def test_resumes_bitwise_at_its_stage_and_closely_at_another(tmp_path):
-    run_on_processes(run_and_resume, 2, write_base(tmp_path), 3, [2])
+    refusals = run_on_processes(run_resume_and_be_refused, 2, write_base(tmp_path))
     whole = last(tmp_path / "whole")
     assert whole.topology == {"stages": 1, "replicas": 2, "zero_stage": 3}
     assert whole.global_step == 4
@@ -82,14 +115,30 @@ def test_resumes_bitwise_at_its_stage_and_closely_at_another(tmp_path):
     assert not torch.equal(middle.tensor(weight), whole.tensor(weight))
     assert_same(last(tmp_path / "at3"), whole)
     assert_same(last(tmp_path / "at2"), whole, 1e-6)
+    for texts in refusals:
+        assert texts == [
+            (
+                f"{tmp_path}/single.ckpt is a single file, and ZeroStrategy resumes from checkpoints that are folders.",
+                "Resume with the strategy that wrote it, or export it and set model.backbone.path.",
+            ),
+            (
+                f"{tmp_path}/weights.ckpt holds weights only, nothing to resume a fit from.",
+                "Resume from a checkpoint that was written during a fit.",
+            ),
+        ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_resumes_bitwise_and_then_with_sharded_parameters(tmp_path, stage):
-    run_on_processes(run_and_resume, 2, write_base(tmp_path), stage, [3])
-    assert_same(last(tmp_path / f"at{stage}"), last(tmp_path / "whole"))
-    assert_same(last(tmp_path / "at3"), last(tmp_path / "whole"), 1e-6)
+@pytest.mark.parametrize(("stage", "settings"), [(1, []), (2, GATES), (3, GATES)])
+def test_resumes_bitwise_and_then_at_another_stage(tmp_path, stage, settings):
+    other = 3 if stage < 3 else 1
+    run_on_processes(run_and_resume, 2, write_base(tmp_path), stage, [other], *settings)
+    whole = last(tmp_path / "whole")
+    assert_same(last(tmp_path / f"at{stage}"), whole)
+    assert_same(last(tmp_path / f"at{other}"), whole, 1e-5)
+    if settings:  # warm-up, gates, exits, gates
+        assert whole.tensor("optimizer/step/model.gates.1.output.weight") == 2
+        assert whole.tensor("optimizer/step/model.exits.1.norm.weight") == 2
 
 
 @pytest.mark.slow
@@ -97,7 +146,7 @@ def test_resumes_bitwise_and_then_with_sharded_parameters(tmp_path, stage):
 def test_bfloat16_keeps_masters_and_resumes_bitwise(tmp_path, stage):
     base = write_base(tmp_path)
     others = [1 + stage % 3]
-    run_on_processes(run_and_resume, 2, base, stage, others, "--trainer.strategy.precision=bfloat16")
+    run_on_processes(run_narrow_and_wide, 2, base, stage, others)
     whole = last(tmp_path / "whole")
     assert_same(last(tmp_path / f"at{stage}"), whole)
     name = "model.exits.1.norm.weight"
@@ -106,6 +155,9 @@ def test_bfloat16_keeps_masters_and_resumes_bitwise(tmp_path, stage):
     assert torch.equal(master.to(torch.bfloat16), whole.tensor(name))
     assert not torch.equal(master, whole.tensor(name).float())
     assert_same(last(tmp_path / f"at{others[0]}"), whole, 2e-2)
+    wide = last(tmp_path / "wide")
+    torch.testing.assert_close(wide.tensor(name), master, rtol=0, atol=2e-2)
+    assert not any(name.startswith("optimizer/master/") for name in wide.names)
 
 
 @pytest.mark.slow
