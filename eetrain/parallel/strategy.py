@@ -62,7 +62,7 @@ class PipelineStrategy(EngineStrategy):
         stages: int = 2,
         micro_batches: int = 8,
         precision: EnginePrecision = "float32",
-        zero_stage: Literal[0, 1] = 0,
+        zero_stage: int = 0,
     ) -> None:
         super().__init__(precision)
         if zero_stage not in (0, 1):
@@ -126,14 +126,19 @@ class PipelineStrategy(EngineStrategy):
                     self._cut_model()
                 except BaseException as caught:
                     error = caught
-            failed: list[bool] = [False] * self.world_size
-            dist.all_gather_object(failed, error is not None)
+            told: list[EETrainError | None] = [None] * self.world_size
+            dist.all_gather_object(told, None if error is None else self._for_others(error))
             if error is not None:
                 raise error
-            if any(failed):
-                raise EETrainError(
-                    f"Process {failed.index(True)} could not build its stage.", hint="Its own message says why."
-                )
+            for of_another in filter(None, told):
+                raise of_another
+
+    def _for_others(self, error: BaseException) -> EETrainError:
+        """What processes raise because this one could not build its stage."""
+        if isinstance(error, EETrainError):
+            return error
+        reason = f"{type(error).__name__}: {error}"
+        return EETrainError(f"Process {self.global_rank} could not build its stage ({reason}).")
 
     def setup(self, trainer: Trainer) -> None:
         """Build the pipeline, and the optimizer and the gates' own for a fit."""

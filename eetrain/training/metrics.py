@@ -21,6 +21,12 @@ def sum_dtype() -> torch.dtype:
     return torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
+def reset(metric: Metric) -> None:
+    """Start again, with states that a later fit may update: evaluation runs in inference mode."""
+    with torch.inference_mode(False):
+        metric.reset()
+
+
 class TokenMean(Metric):
     """Mean over tokens, summed over batches and processes."""
 
@@ -129,5 +135,5 @@ class ExitMetrics(nn.Module):
         for name, metric in self.metrics.items():
             assert isinstance(metric, Metric)
             values[name] = metric.compute()
-            metric.reset()
+            reset(metric)
         return values

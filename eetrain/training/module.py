@@ -27,7 +27,7 @@ from eetrain.training.checkpoint_state import (
     without_frozen_backbone,
 )
 from eetrain.training.gate_metrics import GateMetrics, collapsed
-from eetrain.training.metrics import ExitMetrics
+from eetrain.training.metrics import ExitMetrics, reset
 from eetrain.training.optimization import build_adamw, build_schedule
 from eetrain.training.precision import keeping_tables
 from eetrain.training.randomness import batch_seed, seed_generators
@@ -370,7 +370,7 @@ class EarlyExitModule(LightningModule):
             gates = self.gate_metrics[stage]
             assert isinstance(gates, GateMetrics)
             values |= gates.compute()
-            gates.reset()
+            reset(gates)
         if self.trainer.sanity_checking:
             return
         self.scores[stage] = {name: float(value) for name, value in values.items()}

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,25 @@ def test_commands_run(workplace, monkeypatch, capsys):
     files = ["exported/exit_heads.safetensors", "tokens.html", "report/frontier.png", "report/results.csv"]
     for written in (*files, "comparison/frontier.png", "times/bench.csv"):
         assert (workplace / written).stat().st_size > 0
+
+
+def test_commands_on_several_processes_run(workplace, monkeypatch):
+    pytest.importorskip("deepspeed", reason="the pipeline needs the extra deepspeed")
+    monkeypatch.chdir(workplace)
+    body = commands("sh")[2].replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in body.splitlines() if line.strip()]
+    assert [line[1] for line in lines] == ["fit", "fit", "export", "plan"]
+    for place, (_, verb, *arguments) in enumerate(lines):
+        arguments = [str(ROOT / word) if word.startswith(("recipes/", "configs/")) else word for word in arguments]
+        if verb == "fit":
+            arguments += ["--trainer.max_steps", str(place + 1), "--trainer.limit_val_batches", "1"]
+            arguments += ["--data.batch_size", "4", "--trainer.accelerator", "cpu"]
+        ran = subprocess.run([sys.executable, "-m", "eetrain", verb, *arguments], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        if verb == "fit":
+            assert "Pipeline: blocks" in ran.stderr
+    assert (workplace / "piped" / "exit_heads.safetensors").stat().st_size > 0
+    assert "all exits: +0.62 %" in ran.stdout
 
 
 def test_python_runs(workplace, monkeypatch):

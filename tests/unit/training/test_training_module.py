@@ -1,9 +1,11 @@
 import copy
 
+import lightning
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from eetrain.backbones import blocks_of, final_norm
 from eetrain.errors import CheckpointError, ConfigError
@@ -29,6 +31,16 @@ def gradients(module, data):
     module.zero_grad()
     module.compute_loss(data).total.backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def test_a_validated_module_is_fitted_again():
+    module, quiet = module_on(), {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    for _ in range(2):
+        data = DataLoader([batch()], batch_size=None)
+        trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+        trainer.fit(module, data, data)
+        trainer.validate(module, data, verbose=False)
+    assert module.scores["val"]["nll/full"] > 0
 
 
 def trainable(module):
