@@ -196,10 +196,21 @@ class EngineStrategy(DDPStrategy):
         return None
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Put masters, moments and steps of the folder read last into the engine, and the rates of its next step."""
+        """Put masters, moments and steps of the folder read last into the engine, and the rates of its next step.
+
+        Raises:
+            CheckpointError: on every process, if one of them trains what has no state in the folder.
+        """
         assert self._folder is not None
         assert self.lightning_module is not None
-        restore_engine(self.engine, dict(self.lightning_module.named_parameters()), self._folder)
+        problem: CheckpointError | None = None
+        try:
+            restore_engine(self.engine, dict(self.lightning_module.named_parameters()), self._folder)
+        except CheckpointError as error:
+            problem = error
+        for found in present_processes().gather(problem):
+            if found is not None:
+                raise found
         self._folder = None
         for config, state in zip(self.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True):
             _set_rates(config.scheduler, state["last_epoch"])

@@ -3,8 +3,8 @@
     python recipes/bench/plan_against_runs.py
 
 Runs: a random Llama, all trained, in one process and on two stages, one thread each, without exits, with one and with
-three. The plan knows of the machine only how many FLOP/s one process reaches. Speed-up is the step of one process with
-the same exits over that of the pipeline, which has twice the threads.
+three. The plan knows of the machine only how many FLOP/s a process reaches in that step while another one does the
+same: cores share memory and clock. Speed-up is the step of one process alone over that of the pipeline.
 
 Harness, labelled as such: DeepSpeed's real engine and schedule on four stages that sleep as long as the plan says each
 of a 7B model's stages computes, scaled down; so that the timing of the schedule is tested without four devices. With
@@ -17,6 +17,7 @@ import argparse
 import platform
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -65,18 +66,21 @@ def arguments() -> argparse.Namespace:
 
 def compare(args: argparse.Namespace, exits: list[int]) -> None:
     alone, _, flops = run_on_processes(run, 1, vars(args), exits, timeout=900)[0]
+    with ThreadPoolExecutor(2) as pool:
+        pair = list(pool.map(lambda _: run_on_processes(run, 1, vars(args), exits, timeout=900)[0][0], range(2)))
     piped, bounds, _ = run_on_processes(run, 2, vars(args), exits, timeout=900)[0]
     one, two = statistics.median(alone), statistics.median(piped)
-    cluster = Cluster(devices=2, flops=flops / one, utilisation=1.0, memory=1e12, bandwidth=1e9)
+    beside = statistics.median([seconds for run_of_two in pair for seconds in run_of_two])
+    cluster = Cluster(devices=2, flops=flops / beside, utilisation=1.0, memory=1e12, bandwidth=1e9)
     costs = piece_costs(build(args, exits), args.length)
     times = stage_times(costs, bounds, cluster, rows=1)
     sent = cluster.transfer(args.length * args.hidden * 4)
     schedule = one_forward_one_backward(2, args.micro_batches)
     planned = simulate(schedule, times, send_activation=sent, send_gradient=sent)
     print(
-        f"exits {exits}: one process {one:.3f} s ({min(alone):.3f}..{max(alone):.3f}), two stages {two:.3f} s "
-        f"({min(piped):.3f}..{max(piped):.3f}), speed-up {one / two:.2f}; planned {planned.seconds:.3f} s, "
-        f"measured/planned {two / planned.seconds:.2f}, planned bubble {planned.bubble_share:.0%}"
+        f"exits {exits}: one process {one:.3f} s ({min(alone):.3f}..{max(alone):.3f}), {beside:.3f} s beside "
+        f"another one, two stages {two:.3f} s ({min(piped):.3f}..{max(piped):.3f}), speed-up {one / two:.2f}; "
+        f"planned {planned.seconds:.3f} s, measured/planned {two / planned.seconds:.2f}, planned bubble {planned.bubble_share:.0%}"
     )
 
 
