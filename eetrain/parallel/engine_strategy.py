@@ -7,12 +7,13 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eetrain.errors import CheckpointError, ConfigError
@@ -79,6 +80,21 @@ class EngineStrategy(DDPStrategy):
             raise ConfigError(
                 f"trainer.gradient_clip_algorithm=value, but {type(self).__name__} clips by the norm of all gradients.",
                 hint="Set trainer.gradient_clip_algorithm=norm, or leave it out.",
+            )
+
+    def check_types(self, module: nn.Module) -> None:
+        """Refuse parameters of other types than the engine's precision asks for.
+
+        Raises:
+            ConfigError: names both.
+        """
+        types = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
+        wanted = {torch.float32} if self.precision == "float32" else {torch.float32, torch.bfloat16}
+        if types - wanted:
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+            raise ConfigError(
+                f"trainer.strategy.init_args.precision={self.precision}, but the model has parameters in {found}.",
+                hint="Set model.backbone.dtype=float32; the strategy's precision decides about the rest.",
             )
 
     def setup_environment(self) -> None:

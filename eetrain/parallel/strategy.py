@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from eetrain.backbones.routers import has_routers
@@ -24,7 +24,7 @@ from eetrain.parallel.gate_training import GateTrainer
 from eetrain.planning.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
 from eetrain.training.console import tell
-from eetrain.training.optimization import build_adamw
+from eetrain.training.optimization import build_adamw, parameter_groups
 
 if TYPE_CHECKING:
     from eetrain.parallel.pipeline import ExitPipeline
@@ -264,6 +264,10 @@ class PipelineStrategy(EngineStrategy):
         if self._cut is not None:
             return
         load_deepspeed()
+        self.check_types(model)
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            # Refuses a model with nothing to train, which anchors would hide.
+            parameter_groups(self._module.named_parameters(), self._module.optimizer_config)
         topology = Topology.of(self.world_size, self.stages, model.num_blocks)
         if self._module.router_loss and self._module.settings.tuning != "frozen" and has_routers(model.backbone):
             raise ConfigError(
@@ -288,6 +292,8 @@ class PipelineStrategy(EngineStrategy):
         gates = {name: p for name, p in module.named_parameters() if name.startswith("model.gates.")}
         module.beside_model = {name: p for name, p in pipeline.named_parameters() if name.endswith(".anchor")}
         module.model.gates.requires_grad_(False)
+        if self.zero_stage:
+            module.beside_model |= self._fillers(pipeline)
         self.setup_optimizers(trainer)
         module.model.gates.requires_grad_(True)
         if gates:
@@ -296,6 +302,23 @@ class PipelineStrategy(EngineStrategy):
                 group["initial_lr"] = group["lr"]
             self.gate_trainer = GateTrainer(gates, own, clip_norm)
         self._rates = self._rates_of_all(set(map(id, module.beside_model.values())))
+
+    def _fillers(self, pipeline: ExitPipeline) -> dict[str, nn.Parameter]:
+        """A parameter that takes no part for every group of the optimizer that only other stages have.
+
+        ZeRO adds up norms over the stages group by group, and would wait for those with fewer.
+        """
+        module = self._module
+        groups = parameter_groups((*module.named_parameters(), *module.beside_model.items()), module.optimizer_config)
+        own = {(group["name"], 2 if group["params"][0].dim() > 1 else 1) for group in groups}
+        of_all: list[set[tuple[str, int]]] = [set() for _ in range(self.world_size)]
+        dist.all_gather_object(of_all, own)
+        fillers = {}
+        for part, dim in sorted(set().union(*of_all) - own):
+            filler = nn.Parameter(next(pipeline.parameters()).new_zeros([1] * dim))
+            pipeline.register_parameter(f"filler_{part}_{dim}", filler)
+            fillers[f"model.{part}.filler_{dim}"] = filler
+        return fillers
 
     def _rates_of_all(self, anchors: Container[int]) -> dict[str, float]:
         """Peak learning rates by part of the model; no stage has groups of all parts."""

@@ -100,7 +100,7 @@ class ZeroStrategy(EngineStrategy):
         module = self.lightning_module
         assert module is not None
         if trainer.state.fn == TrainerFn.FITTING:
-            self._check_types(module)
+            self.check_types(module)
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(getattr(torch, self.precision))
         super().setup(trainer)
@@ -155,16 +155,6 @@ class ZeroStrategy(EngineStrategy):
         with quiet():
             load_deepspeed().zero.Init(module=module, config_dict_or_path=config, dtype=getattr(torch, self.precision))
         super().model_to_device()
-
-    def _check_types(self, module: nn.Module) -> None:
-        types = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-        wanted = {torch.float32} if self.precision == "float32" else {torch.float32, torch.bfloat16}
-        if types - wanted:
-            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-            raise ConfigError(
-                f"trainer.strategy.init_args.precision={self.precision}, but the model has parameters in {found}.",
-                hint="Set model.backbone.dtype=float32; the strategy's precision decides about the rest.",
-            )
 
 
 def read_by_objectives(model: MultiExitModel) -> Iterator[Tensor]:

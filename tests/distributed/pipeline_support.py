@@ -15,7 +15,7 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from eetrain.exits import ExitConfig, MultiExitModel
@@ -45,6 +45,7 @@ class Case:
         module: more settings of the module.
         packed: rows hold several documents, told apart by positions.
         prompts: every second batch begins with three tokens that are not scored.
+        dropout: of all parts that have some.
         clip: largest norm of all gradients.
         strategy: more settings of the pipeline.
     """
@@ -57,6 +58,7 @@ class Case:
     module: dict[str, Any] = field(default_factory=dict)
     packed: bool = False
     prompts: bool = False
+    dropout: float = 0.0
     clip: float | None = None
     strategy: dict[str, Any] = field(default_factory=dict)
 
@@ -68,7 +70,7 @@ class Fitted:
     Attributes:
         logged: loss and terms of every step.
         gradients: those of every step, by name; of a parameter that rests the last ones.
-        scores: metrics of the validation after the fit, then those of ``trainer.validate``.
+        scores: metrics of ``trainer.validate`` before the fit, of its own validation, and of ``validate`` after it.
         weights: by name.
     """
 
@@ -133,6 +135,9 @@ def build(case: Case) -> EarlyExitModule:
     torch.manual_seed(0)
     exits = ExitConfig(**{"layers": [1, 2, 3], **case.exits})
     model = MultiExitModel(tiny_model(case.family, dtype=torch.float32, **case.changes), exits)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = case.dropout
     built = EarlyExitModule.from_model(
         model,
         case.objective(),
@@ -170,11 +175,13 @@ def fit(case: Case, stages: int = 0) -> Fitted:
         callbacks=[keep],
         use_distributed_sampler=False,
         gradient_clip_val=case.clip,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=0,
         **QUIET,
     )
-    trainer.fit(module, loader(train), loader(held_out))
+    trainer.validate(module, loader(held_out), verbose=False)
     scores = [dict(module.scores["val"])]
+    trainer.fit(module, loader(train), loader(held_out))
+    scores.append(dict(module.scores["val"]))
     trainer.validate(module, loader(held_out), verbose=False)
     scores.append(dict(module.scores["val"]))
     # Learned positions are on every stage, for harvesting, but learn on the first only.

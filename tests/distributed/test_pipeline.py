@@ -13,6 +13,13 @@ def gating():
     return JointGating(warmup_steps=1, phase_steps=1)
 
 
+def by_place():
+    """Tokens count by confidence and by the place of the exit among all exits."""
+    objective = MultiExitCrossEntropy([0.1, 0.25, 0.5])
+    objective.token_weights = lambda statistics, place, rows_C: statistics.max_prob * (place + 1)
+    return objective
+
+
 GATES = GateConfig([0.2, 2.0], hidden=3, position_length=8)
 CASES = {
     "tied heads, tied embeddings, clipped": Case(
@@ -33,9 +40,17 @@ CASES = {
     "frozen": Case(
         objective=lambda: EETuning(confidence_weights=True), tuning="frozen", exits={"head": "mlp", "output": "own"}
     ),
+    "frozen, so without dropout": Case(
+        "gpt2", objective=EETuning, tuning="frozen", exits={"output": "own", "layers": [2, 3]}, dropout=0.5
+    ),
+    "tokens weighted by exit": Case("mistral", objective=by_place, packed=True),
     "lora, recomputed": Case(tuning="lora", module={"activation_checkpointing": True}, clip=0.3),
-    "gates": Case(objective=gating, exits={"gates": GATES}, changes={"tie_word_embeddings": True}, clip=0.3),
-    "gates, frozen": Case(objective=gating, exits={"gates": GATES, "head": "mlp"}, tuning="frozen", packed=True),
+    "gates": Case(objective=gating, exits={"gates": GATES}, changes={"tie_word_embeddings": True}),
+    # More cost weights than a hidden state is wide: the engine's buffers are shared by place and grow only.
+    "many gates": Case(objective=gating, exits={"gates": GateConfig([weight / 8 for weight in range(40)])}),
+    "gates, frozen": Case(
+        objective=gating, exits={"gates": GATES, "head": "mlp"}, tuning="frozen", packed=True, clip=0.1
+    ),
     "skipdecode, packed": Case(
         objective=lambda: SkipDecode("skipdecode:max=3,min=2,length=4", prompt_tokens=2),
         exits={"layers": []},
@@ -56,10 +71,12 @@ CASES = {
         exits={"layers": []},
         packed=True,
     ),
+    # The last stages have no exit, and so fewer groups of parameters than the first.
     "zero 1": Case(
         "qwen3",
         changes={"tie_word_embeddings": True},
-        exits={"head": "tied"},
+        exits={"layers": [1]},
+        objective=lambda: MultiExitCrossEntropy(0.5),
         clip=0.3,
         strategy={"zero_stage": 1},
     ),
@@ -78,17 +95,18 @@ QUICK = {
         "own mlp heads, learned positions",
         "block heads, soft cap, recomputed",
         "without the full depth",
-        "frozen",
+        "frozen, so without dropout",
+        "tokens weighted by exit",
         "lora, recomputed",
         "gates",
-        "gates, frozen",
+        "many gates",
         "skipdecode, a block rests",
         "skipdecode at random, packed",
         "bfloat16",
     ],
     "2x2": ["norm heads, packed", "without the full depth", "gates", "skipdecode, packed", "zero 1"],
 }
-SIZES = {"pp1": (1, 1), "pp2": (2, 2), "pp3": (3, 3), "pp4": (4, 4), "2x2": (4, 2), "3x1": (3, 1)}
+SIZES = {"pp1": (1, 1), "pp2": (2, 2), "pp3": (3, 3), "pp4": (4, 4), "2x2": (4, 2), "1x2": (2, 1)}
 
 
 def fit_all(names, stages):
@@ -100,7 +118,7 @@ def check(size, names):
     processes, stages = SIZES[size]
     of_ranks = run_on_processes(fit_all, processes, names, stages, timeout=600)
     for name in names:
-        tolerances = [2e-2, 2e-2] if "precision" in CASES[name].strategy else []
+        tolerances = [3e-2, 5e-2] if "precision" in CASES[name].strategy else []
         assert_same(merged([found[name] for found in of_ranks]), fit(CASES[name]), name, *tolerances)
 
 
