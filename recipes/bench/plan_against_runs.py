@@ -80,7 +80,8 @@ def compare(args: argparse.Namespace, exits: list[int]) -> None:
     print(
         f"exits {exits}: one process {one:.3f} s ({min(alone):.3f}..{max(alone):.3f}), {beside:.3f} s beside "
         f"another one, two stages {two:.3f} s ({min(piped):.3f}..{max(piped):.3f}), speed-up {one / two:.2f}; "
-        f"planned {planned.seconds:.3f} s, measured/planned {two / planned.seconds:.2f}, planned bubble {planned.bubble_share:.0%}"
+        f"planned {planned.seconds:.3f} s, measured/planned {two / planned.seconds:.2f}, "
+        f"planned bubble {planned.bubble_share:.0%}"
     )
 
 
