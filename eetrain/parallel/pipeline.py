@@ -84,6 +84,8 @@ class ExitPipeline(PipelineModule):
             tie.parameter.ds_pipe_replicated = replicated  # type: ignore[attr-defined]
             tie.parameter.model_parallel = not replicated  # type: ignore[attr-defined]
             dist.broadcast(tie.parameter.data, topology.rank_of(tie.stages[0], topology.replica_of(rank)), tie.group)
+        for gate_parameter in part.stage.model.gates.parameters():
+            dist.broadcast(gate_parameter.data, 0)
 
     @property
     def stage(self) -> Stage:

@@ -46,6 +46,7 @@ class Case:
         packed: rows hold several documents, told apart by positions.
         prompts: every second batch begins with three tokens that are not scored.
         dropout: of all parts that have some.
+        scattered: every process draws a backbone of its own; what several of them hold must become one.
         clip: largest norm of all gradients.
         strategy: more settings of the pipeline.
     """
@@ -59,6 +60,7 @@ class Case:
     packed: bool = False
     prompts: bool = False
     dropout: float = 0.0
+    scattered: bool = False
     clip: float | None = None
     strategy: dict[str, Any] = field(default_factory=dict)
 
@@ -132,9 +134,10 @@ def part(rows: dict[str, Tensor], replica: int, replicas: int) -> dict[str, Tens
 
 def build(case: Case) -> EarlyExitModule:
     """The same module on every process."""
-    torch.manual_seed(0)
+    seed = dist.get_rank() if case.scattered and dist.is_initialized() else 0
+    torch.manual_seed(seed)
     exits = ExitConfig(**{"layers": [1, 2, 3], **case.exits})
-    model = MultiExitModel(tiny_model(case.family, dtype=torch.float32, **case.changes), exits)
+    model = MultiExitModel(tiny_model(case.family, seed=seed, dtype=torch.float32, **case.changes), exits)
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = case.dropout

@@ -26,6 +26,7 @@ VARIANTS = {
     "tied exits": (ExitConfig(layers=MIDDLE, head="tied"), MULTI_EXIT, 0),
     "own exits on every stage": (ExitConfig(layers=[1, 3, 5, 7], head="mlp", output="own"), MULTI_EXIT, 0),
     "frozen": (ExitConfig(layers=MIDDLE, head="norm"), EETuning, 0),
+    "without the full depth": (ExitConfig(layers=[1, 3]), partial(MULTI_EXIT, full_weight=0.0), 0),
     "exits in their phase": (
         ExitConfig(layers=MIDDLE, head="tied", gates=GateConfig(GATES)),
         partial(JointGating, warmup_steps=0, phase_steps=1),
@@ -111,8 +112,8 @@ def build(variant):
 def measure(variant):
     """One step of a process.
 
-    Returns what it sent, as (to which stage, bytes), most bytes kept for backward, and gradients of the output matrix
-    that are kept in flight.
+    Returns what it sent, as (to which stage, bytes), which gradients sent back were not 0, most bytes kept for backward,
+    and gradients of the output matrix that are kept in flight.
     """
     runner, step = build(variant)
     from deepspeed.runtime.pipe import p2p
@@ -122,11 +123,13 @@ def measure(variant):
     ids_BT = torch.randint(3, VOCABULARY, (ROWS * MICRO_BATCHES, LENGTH), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids_BT, "labels": ids_BT}
     runner.train(batch, step)  # its first messages tell shapes
-    messages, matrices, send, forward = [], [], p2p.send, runner.pipeline.forward
+    messages, news, matrices, send, forward = [], [], [], p2p.send, runner.pipeline.forward
     kept, before = Kept(runner.model.parameters()), matrices_alive()
 
     def counted(tensor, stage, async_op=False):
         messages.append((stage, tensor.nbytes))
+        if stage < runner.pipeline.stage.index:
+            news.append(bool(tensor.any()))
         return send(tensor, stage, async_op)
 
     def looked_at(travelling):
@@ -144,7 +147,7 @@ def measure(variant):
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda package: package.tensor):
             runner.train(batch, step)
     assert kept.live == 0, "backward has let go of everything"
-    return {"messages": messages, "kept": kept.peak, "matrices": matrices[0]}
+    return {"messages": messages, "news": news, "kept": kept.peak, "matrices": matrices[0]}
 
 
 def matrices_alive():
@@ -166,7 +169,9 @@ def messages_to(found, stage):
     return [size for to, size in found["messages"] if to == stage]
 
 
-@pytest.mark.parametrize("variant", ["no exits", "tied exits", "own exits on every stage", "frozen"])
+@pytest.mark.parametrize(
+    "variant", ["no exits", "tied exits", "own exits on every stage", "frozen", "without the full depth"]
+)
 def test_a_micro_batch_is_a_hidden_state_forward_and_its_gradient_back_with_and_without_exits(variant, of_stages):
     for stage, results in enumerate(of_stages):
         found = results[variant]
@@ -201,6 +206,20 @@ def test_a_frozen_backbone_keeps_the_states_at_its_exits_only(of_stages):
     states = [results["frozen"]["kept"] / HIDDEN_BYTES for results in of_stages]
     in_flight = [stage_exits * (STAGES - stage) for stage, stage_exits in enumerate((0, 2, 1, 0))]
     assert [0 <= kept - least <= 3 for kept, least in zip(states, in_flight, strict=True)] == [True] * STAGES
+
+
+def test_a_frozen_backbone_is_not_differentiated_through(of_stages):
+    for stage, results in enumerate(of_stages):
+        assert results["frozen"]["news"] == [False] * MICRO_BATCHES * (stage > 0)
+        assert results["tied exits"]["news"] == [True] * MICRO_BATCHES * (stage > 0)
+
+
+def test_blocks_behind_the_deepest_exit_do_not_run(of_stages):
+    whole, shallow = (
+        [results[name]["kept"] for results in of_stages] for name in ("no exits", "without the full depth")
+    )
+    assert shallow[2:] == [0, 0]
+    assert 0 < shallow[1] < 0.6 * whole[1], "one of two blocks"
 
 
 def test_the_counts_see_a_loss_that_is_computed_in_the_forward_pass(of_stages):

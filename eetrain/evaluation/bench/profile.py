@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eetrain.backbones import Projection, blocks_of, decoder_of, final_norm
+from eetrain.backbones import Harvester, Projection, blocks_of, final_norm
 from eetrain.decoding import ExitPolicy, Policy
 from eetrain.evaluation.bench.candidates import policy_candidate, run_once
 from eetrain.evaluation.bench.prompts import Workload
@@ -155,17 +155,19 @@ def _hooked(model: MultiExitModel, regions: _Regions) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(lambda *_, part=part: regions.enter(part)))
             # Always: a block that only stores keys and values is left by an exception.
             handles.append(module.register_forward_hook(lambda *_: regions.leave(), always_call=True))
+    # The loop runs a shadow of the decoder, which leaves the decoder's hooks behind.
+    harvest = Harvester.__call__
+    setattr(Harvester, "__call__", regions.timed("harvest", harvest))  # noqa: B010
     try:
         yield
     finally:
+        setattr(Harvester, "__call__", harvest)  # noqa: B010
         for handle in handles:
             handle.remove()
 
 
 def _modules(model: MultiExitModel) -> dict[str, list[nn.Module]]:
-    # The loop never runs the decoder itself but its shadow, which shares the hooks and has no blocks in it.
     return {
         "blocks": list(blocks_of(model.backbone, model.anatomy)),
         "heads": [final_norm(model.backbone, model.anatomy), *model.exits.values(), *model.gates.values()],
-        "harvest": [decoder_of(model.backbone, model.anatomy)],
     }
