@@ -25,16 +25,18 @@ COURSE = [
 STRATEGY = "--trainer.strategy."
 PLAIN = [f"{STRATEGY}micro_batches=2"]
 # Step 0 is the warm-up, 1 and 2 are the gates' turn: a run resumed after step 2 is inside it.
-GATING = [
+JOINT_GATING = [
     *("--model.exits.gates.cost_weights", "[0.3,1]", "--model.objective", "eetrain.objectives.JointGating"),
-    *("--model.objective.warmup_steps", "1", "--model.objective.phase_steps", "2", f"{STRATEGY}micro_batches=2"),
+    *("--model.objective.warmup_steps", "1", "--model.objective.phase_steps", "2"),
 ]
+GATING = [*JOINT_GATING, *PLAIN]
 RANDOM_DEPTHS = [
     *("--model.exits.layers", "[]", "--model.objective", "eetrain.objectives.SkipDecode"),
     *("--model.objective.schedule", "skipdecode:speed=2,length=8", "--model.objective.train_depth", "random"),
     *("--model.objective.speeds", "[1.2,2]", "--model.objective.prompt_tokens", "2", f"{STRATEGY}micro_batches=2"),
 ]
-ZERO = [*PLAIN, f"{STRATEGY}zero_stage=1"]
+ONE_EXIT = ["--model.exits.layers", "[1]"]  # so that the last stage has fewer groups of parameters than the first
+ZERO = [*PLAIN, *ONE_EXIT, f"{STRATEGY}zero_stage=1"]
 NARROW = [*ZERO, f"{STRATEGY}precision=bfloat16"]
 LORA = [*PLAIN, "--model.tuning", "lora", "--model.lora.dropout", "0.2"]
 FROZEN = [
@@ -119,19 +121,26 @@ def two_processes(dry, wet):
         resume(wet, f"{run}-again", 2, 2, step(wet, run, 2), *settings)
     fit(dry, "plain", 2, 2, *PLAIN)
     resume(dry, "plain-1x2", 2, 1, step(dry, "plain", 2), *PLAIN)
+    return {verb: score(verb, wet, "gating", "-c", OVERLAY, "--trainer.devices=2") for verb in ("validate", "test")}
+
+
+def score(verb, base, run, *settings):
+    """Metrics of a run's last checkpoint."""
+    checkpoint = base.parent / run / "checkpoints" / "last.ckpt"
+    scored = RunCLI([verb, "-c", str(base), "--ckpt_path", str(checkpoint), *JOINT_GATING, *map(str, settings)])
+    return {name: float(value) for name, value in scored.trainer.callback_metrics.items()}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     dry, wet = write_base(folder / "dry"), write_base(folder / "wet", **DROPOUT)
-    run_on_processes(two_processes, 2, dry, wet, timeout=300)
-    return dry, wet
+    return dry, wet, run_on_processes(two_processes, 2, dry, wet, timeout=300)
 
 
 @pytest.mark.parametrize("run", ["gating", "random"])
 def test_two_stages_resume_bitwise_in_the_middle_of_an_epoch_with_dropout(runs, run):
-    _, wet = runs
+    _, wet, _ = runs
     whole, middle = last(wet, run), CheckpointFolder.open(step(wet, run, 2))
     assert whole.topology == {"stages": 2, "replicas": 1, "zero_stage": 0}
     assert (middle.global_step, whole.global_step) == (2, 4)
@@ -143,7 +152,7 @@ def test_two_stages_resume_bitwise_in_the_middle_of_an_epoch_with_dropout(runs, 
 
 
 def test_gates_were_in_the_middle_of_their_turn(runs):
-    _, wet = runs
+    _, wet, _ = runs
     gate = "model.gates.1.output.weight"
     begun, done = CheckpointFolder.open(step(wet, "gating", 2)), last(wet, "gating")
     steps = [folder.tensor(f"optimizer/step/{gate}") for folder in (begun, done)]
@@ -151,8 +160,18 @@ def test_gates_were_in_the_middle_of_their_turn(runs):
     assert not torch.equal(begun.tensor(gate), done.tensor(gate))
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_stages_score_a_checkpoint_as_one_process_does(runs, verb):
+    _, wet, scores = runs
+    wanted = score(verb, wet, "gating")
+    prefix = "val" if verb == "validate" else "test"
+    assert {f"{prefix}/nll/exit_1", f"{prefix}/ece/full", f"{prefix}/gate/0.3/depth"} <= wanted.keys()
+    for of_process in scores:
+        assert of_process[verb] == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
 def test_one_stage_and_two_replicas_go_on_where_two_stages_stopped(runs):
-    dry, _ = runs
+    dry, _, _ = runs
     whole, moved = last(dry, "plain"), last(dry, "plain-1x2")
     assert moved.topology == {"stages": 1, "replicas": 2, "zero_stage": 0}
     assert_read_whole(dry, "plain-1x2", step(dry, "plain", 2))
@@ -174,7 +193,7 @@ def four_processes(dry, wet):
 
 def two_processes_after_four(dry, wet):
     """One replica goes on where two stopped, with its whole optimizer where theirs was shared out."""
-    for run, base, settings in (("plain", dry, PLAIN), ("zero", dry, PLAIN), ("gating", dry, GATING)):
+    for run, base, settings in (("plain", dry, PLAIN), ("zero", dry, [*PLAIN, *ONE_EXIT]), ("gating", dry, GATING)):
         resume(base, f"pp2-{run}", 2, 2, step(base, f"2x2-{run}", 2), *settings)
     for run, settings in (("lora", LORA), ("frozen", FROZEN), ("bf16", NARROW[:-2] + NARROW[-1:])):
         fit(wet, run, 2, 2, *settings)

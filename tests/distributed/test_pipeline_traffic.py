@@ -112,8 +112,8 @@ def build(variant):
 def measure(variant):
     """One step of a process.
 
-    Returns what it sent, as (to which stage, bytes), which gradients sent back were not 0, most bytes kept for backward,
-    and gradients of the output matrix that are kept in flight.
+    Returns what it sent, as (to which stage, bytes), which gradients it sent back were not 0, most bytes kept for
+    backward, and gradients of the output matrix that are kept in flight.
     """
     runner, step = build(variant)
     from deepspeed.runtime.pipe import p2p
@@ -152,6 +152,7 @@ def measure(variant):
 
 def matrices_alive():
     """Tensors of the output matrix's shape: itself and gradients of it."""
+    gc.collect()  # what earlier steps left must not go between two counts
     tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
     return sum(tensor.shape == (VOCABULARY, WIDTH) for tensor in tensors)
 
