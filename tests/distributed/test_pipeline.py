@@ -103,6 +103,7 @@ QUICK = {
         "frozen, so without dropout",
         "lora, recomputed",
         "gates",
+        "many gates",
         "skipdecode, a block rests",
         "skipdecode at random, packed",
         "bfloat16",
