@@ -51,8 +51,10 @@ def one_line(text: str) -> str:
     if _UNION in body:
         lines = [line.strip(" -") for line in body.split("Errors:")[-1].split("Given value")[0].splitlines()]
         reasons = [line for line in lines if line and "NoneType" not in line]
+        own = [reason for reason in reasons if "HINT:" in reason]
+        reasons = own or reasons  # an error of ours says it all; the other forms of the value were not meant
         value = re.search(r"Given value: (.*)", body)
-        got = f" Got value: {value[1]}" if value and not any("HINT:" in reason for reason in reasons) else ""
+        got = f" Got value: {value[1]}" if value and not own else ""
         got = "" if "Namespace(" in got else got
         body = " ".join(reasons) + got
     body = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", body)
