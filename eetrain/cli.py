@@ -1,6 +1,7 @@
 """The command ``eetrain``: a table of verbs, and users' errors as one line and a hint.
 
-Exit status: 0 for success, 1 for a failure, 2 for bad use. ``EETRAIN_DEBUG=1`` shows tracebacks.
+Exit status: 0 for success, 1 for a failure, 2 for bad use; of a fit that a signal stopped, with everything saved, 75
+for SIGUSR1 (run the same command again), 143 for SIGTERM, 130 for Ctrl-C. ``EETRAIN_DEBUG=1`` shows tracebacks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 
 from eetrain.cli_errors import explain, is_argument_problem
+from eetrain.cluster.launch import Launch
+from eetrain.cluster.requeue import requeue
+from eetrain.cluster.signals import REQUESTS, REQUEUE, Stopped
 from eetrain.errors import CheckpointError, EETrainError
 
 VERBS = {
@@ -33,7 +37,7 @@ VERBS = {
 }
 RUN_VERBS = ("fit", "validate", "test", "predict")
 
-OK, FAILURE, BAD_USE = 0, 1, 2
+OK, FAILURE, BAD_USE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,16 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     if given[0] not in VERBS:
         return _report(*_unknown_verb(given[0]), status=BAD_USE)
+    if given[0] == "fit":
+        REQUESTS.listen(keyboard=False)  # before anything is loaded, which takes seconds
     try:
         return _run(given, from_process=argv is None)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILURE if stop.code else OK
+    except Stopped as stop:
+        return _stopped(stop)
     except KeyboardInterrupt:
-        return _report("interrupted.", "", status=FAILURE)
+        return _report("interrupted.", "", status=INTERRUPTED)
     except Exception as error:
         if os.environ.get("EETRAIN_DEBUG") == "1" or not _is_users(error):
             raise
         return _report(*_explain(error, given[0]), status=_status(error))
+    finally:
+        REQUESTS.release()
 
 
 def overview() -> str:
@@ -178,6 +188,22 @@ def _explain(error: BaseException, verb: str) -> tuple[str, str]:
         return str(error), "Check the path, its permissions and the space on that disk."
     known = [] if verb in RUN_VERBS else list(inspect.signature(_command(verb)).parameters)
     return explain(str(error), verb, known)
+
+
+def _stopped(stop: Stopped) -> int:
+    """End a fit that a signal stopped, as all its processes have agreed: the first one says so by its status."""
+    launch = Launch.of()
+    if launch.rank > 0:
+        return OK
+    if stop.status == REQUEUE and launch.job_id is not None:
+        problem = requeue(launch)
+        sys.stderr.write(
+            f"Job {launch.job_id} is back in the queue.\n"
+            if problem is None
+            else f"Job {launch.job_id} was not put back into the queue from here ({problem}); its script does that on "
+            f"status {REQUEUE}.\n"
+        )
+    return stop.status
 
 
 def _report(message: str, hint: str, *, status: int) -> int:

@@ -44,17 +44,17 @@ def whole_checkpoint(path: str | Path, processes: Processes = ALONE) -> Path:
     raise CheckpointError(f"{problem.message} No other checkpoint in {path.parent} is whole.", hint=problem.hint)
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """What ``last`` means where Lightning finds no ``last*.ckpt``: that of a broken-off replacement, else the newest.
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of most steps in a folder, whole or not; of equal steps that written last.
 
     Returns:
-        Nothing if Lightning finds one, or there is no checkpoint at all.
+        ``last.ckpt`` if it is there and its number of steps cannot be read, so that :func:`whole_checkpoint` tells what
+        is wrong with it; ``None`` if there is no checkpoint at all.
     """
     folder = Path(folder)
-    if any(folder.glob("last*.ckpt")):
-        return None
-    if (aside := standing(folder / LAST)).exists():
-        return aside
+    last = standing(folder / LAST)
+    if last.exists() and _step(last) is None:
+        return last
     return next((path for _, path in _by_step(folder)), None)
 
 

@@ -5,31 +5,37 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import sys
 import uuid
 from argparse import ArgumentError
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.distributed import DistNetworkError
 
 from eetrain.cli_errors import explain
+from eetrain.cluster.launch import Launch, check_launch
 from eetrain.data import CausalLMDataModule
-from eetrain.errors import ConfigError
+from eetrain.errors import ConfigError, TopologyError
 from eetrain.training.atomic_io import AtomicCheckpointIO
 from eetrain.training.building import vocabulary_size
-from eetrain.training.checkpoint_fallback import last_checkpoint
+from eetrain.training.checkpoint_fallback import newest_checkpoint
 from eetrain.training.checkpoint_reading import read_trainer_state
 from eetrain.training.console import ExitTable, hush
 from eetrain.training.module import EarlyExitModule
-from eetrain.training.placing import standing
+from eetrain.training.placing import move_into_place, part_of, standing, sync
 from eetrain.training.predictions import WritePredictions
+from eetrain.training.run_folder import CONFIG_FILE, check_same_run, start_from
+from eetrain.training.run_lock import RunLock
 from eetrain.training.stopping import SaveBeforeStopping
 
-CSV = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": ".", "name": "metrics"}}
+CSV = {"class_path": "eetrain.training.csv_log.MetricsCSV", "init_args": {"save_dir": ".", "name": "metrics"}}
 OBJECTIVE = {"class_path": "eetrain.objectives.MultiExitCrossEntropy"}
 _CHECKPOINT_DEFAULTS = {
     "checkpoint.save_last": True,
@@ -55,9 +61,12 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it; other verbs leave the fit's configuration alone."""
         if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+            target = Path(trainer.default_root_dir) / CONFIG_FILE
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = part_of(target)
+            part.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+            sync(part)
+            move_into_place(part, target)
 
 
 class RunCLI(LightningCLI):
@@ -71,6 +80,14 @@ class RunCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.metrics: dict[str, float] = {}
+        self.lock: RunLock | None = None
+        try:
+            self._parse_and_run(args)
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _parse_and_run(self, args: list[str] | None) -> None:
         super().__init__(
             EarlyExitModule,
             CausalLMDataModule,
@@ -111,6 +128,13 @@ class RunCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, checkpoints and machine-readable output."""
         parser.add_argument("--run", type=str, default="runs/default", help="Folder of this run.")
+        parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto"],
+            default="never",
+            help="fit: auto goes on from the newest whole checkpoint of the run folder, and begins if there is none; "
+            "the same command may be given any number of times.",
+        )
         parser.add_argument("--json", action="store_true", help="Print one JSON object with the metrics on stdout.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({**_CHECKPOINT_DEFAULTS, "model.objective": OBJECTIVE})
@@ -123,14 +147,30 @@ class RunCLI(LightningCLI):
             config.trainer.default_root_dir = folder
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = f"{folder}/checkpoints"
-        if config.ckpt_path == "last" and (found := last_checkpoint(config.checkpoint.dirpath)) is not None:
-            config.ckpt_path = str(found)
+        check_launch(config.trainer.devices, config.trainer.num_nodes)
+        self._choose_checkpoint(config)
         loggers = config.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if hasattr(logger, "class_path"):
-                _place_logger(logger, self.run_folder)
+                _place_logger(logger, self.run_folder, self.subcommand)
         if "verbose" in config:
             config.verbose = False  # the table of exits shows the same numbers
+
+    def _choose_checkpoint(self, config: Any) -> None:
+        """Which one to begin with; a fit first takes the run folder for itself."""
+        checkpoints = Path(config.checkpoint.dirpath)
+        if self.subcommand != "fit":
+            if config.ckpt_path == "last" and (newest := newest_checkpoint(checkpoints)) is not None:
+                config.ckpt_path = str(newest)
+            return
+        if Launch.of().rank == 0:
+            self.lock = RunLock(self.run_folder)
+        given = self.save_config_kwargs["as_given"]
+        if not config.trainer.fast_dev_run:
+            check_same_run(
+                self.run_folder, checkpoints, yaml.safe_load(self._parser("fit").dump(given, skip_none=False))
+            )
+            config.ckpt_path = start_from(self.run_folder, checkpoints, config.resume, config.ckpt_path)
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer, and tell the data how many tokens the model knows."""
@@ -145,9 +185,8 @@ class RunCLI(LightningCLI):
         callbacks = [*(given if isinstance(given, list) else [given]), ExitTable(), WritePredictions(self.run_folder)]
         if config.fast_dev_run:
             config.enable_checkpointing = False
-        if config.enable_checkpointing is not False:
-            callbacks.append(SaveBeforeStopping(Path(self._get(self.config, "checkpoint").dirpath)))
-        else:
+        callbacks.append(SaveBeforeStopping(Path(self._get(self.config, "checkpoint").dirpath)))
+        if config.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.clear()
         if config.enable_progress_bar is not False and sys.stderr.isatty():
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
@@ -192,7 +231,16 @@ def run(args: list[str] | None = None) -> None:
         args: the verb and its settings; those of the process if left out.
     """
     hush()
-    RunCLI(args)
+    try:
+        RunCLI(args)
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise
+        place = f"{os.environ.get('MASTER_ADDR', 'this machine')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise TopologyError(
+            f"The port at which the processes meet, {place}, is taken.",
+            hint="Set MASTER_PORT to a free one; another job of this machine may use it.",
+        ) from error
 
 
 def _plain(trainer: Trainer) -> dict[str, float]:
@@ -202,12 +250,14 @@ def _plain(trainer: Trainer) -> dict[str, float]:
 def _for_another_run(config: Any) -> Any:
     """The configuration as the user gave it, without what belongs to one call."""
     copied = copy.deepcopy(config)
-    copied.ckpt_path, copied.json = None, False
+    copied.ckpt_path, copied.json, copied.resume = None, False, "never"
     return copied
 
 
-def _place_logger(logger: Any, folder: Path) -> None:
+def _place_logger(logger: Any, folder: Path, verb: str) -> None:
     arguments = logger.init_args
+    if logger.class_path.endswith("MetricsCSV") and verb != "fit":
+        arguments["name"] = verb  # the log of the fit stays as it is
     if arguments.get("save_dir") in (None, "."):
         arguments["save_dir"] = str(folder)
     if logger.class_path.endswith("WandbLogger"):

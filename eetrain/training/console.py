@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -139,7 +140,9 @@ def hush() -> None:
     """Silence what says nothing to the user; everything else Lightning has to say stays."""
     if not sys.stderr.isatty():
         disable_progress_bar()
-    for pattern in _IDLE_WARNINGS:
+    # Inside a job it tells of a forgotten srun; a shell on a cluster's machine has no use for it.
+    outside_jobs = [] if "SLURM_JOB_ID" in os.environ else [".*`srun` command is available on your system.*"]
+    for pattern in [*_IDLE_WARNINGS, *outside_jobs]:
         warnings.filterwarnings("ignore", message=pattern)
     for name in _CHATTY_LOGGERS:
         logging.getLogger(name).addFilter(_says_something)

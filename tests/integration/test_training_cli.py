@@ -215,7 +215,7 @@ def test_overlays_run_together(base, tmp_path, capsys):
     assert table[1].split()[1] == f"{metrics['val/nll/exit_1']:.4f}"
     assert table[3].split()[3] == "-"
     assert "Tip" not in captured.err
-    written = (tmp_path / "r" / "metrics" / "version_0" / "metrics.csv").read_text()
+    written = (tmp_path / "r" / "metrics.csv").read_text()
     assert "train/loss" in written.splitlines()[0]
     again = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
     assert again["model"]["exits"]["fractions"] == [0.25, 0.5]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from eetrain.errors import CheckpointError, ConfigError
 from eetrain.training.atomic_io import AtomicCheckpointIO
-from eetrain.training.checkpoint_fallback import last_checkpoint, whole_checkpoint
+from eetrain.training.checkpoint_fallback import newest_checkpoint, whole_checkpoint
 from eetrain.training.checkpoint_folder import save_folder
 from eetrain.training.checkpoint_reading import check_checkpoint, read_checkpoint, read_trainer_state
 
@@ -131,16 +131,18 @@ def test_what_a_kill_left_aside_is_found(folder):
     assert found(folder / "last.ckpt")[0] == ".c.ckpt.old"
 
 
-def test_last_where_lightning_finds_none(folder):
-    assert last_checkpoint(folder) is None, "it does find one"
+def test_the_newest_checkpoint_has_most_steps(folder):
+    assert newest_checkpoint(folder) == folder / "last.ckpt"
     set_aside(folder / "last.ckpt")
-    assert last_checkpoint(str(folder)) == folder / ".last.ckpt.old"
+    assert newest_checkpoint(str(folder)) == folder / ".last.ckpt.old"
+    (folder / ".last.ckpt.old").write_bytes(b"torn")
+    assert newest_checkpoint(folder) == folder / ".last.ckpt.old", "whole_checkpoint is to say what is wrong with it"
     AtomicCheckpointIO().remove_checkpoint(folder / "last.ckpt")
-    assert last_checkpoint(folder) == folder / "c.ckpt"
+    assert newest_checkpoint(folder) == folder / "c.ckpt"
     for path in folder.glob("*.ckpt"):
         AtomicCheckpointIO().remove_checkpoint(path)
-    assert last_checkpoint(folder) is None
-    assert last_checkpoint(folder / "gone") is None
+    assert newest_checkpoint(folder) is None
+    assert newest_checkpoint(folder / "gone") is None
 
 
 def test_no_change_of_a_single_file_passes_for_other_contents(tmp_path):
