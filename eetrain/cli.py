@@ -16,10 +16,10 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 
 from eetrain.cli_errors import explain, is_argument_problem
-from eetrain.cluster.launch import Launch
+from eetrain.cluster.launch import Launch, alone_after
 from eetrain.cluster.requeue import requeue
 from eetrain.cluster.signals import REQUESTS, REQUEUE, Stopped
-from eetrain.errors import CheckpointError, EETrainError
+from eetrain.errors import CheckpointError, EETrainError, TrainingError
 
 VERBS = {
     "fit": "train exits into a backbone",
@@ -38,6 +38,10 @@ VERBS = {
 RUN_VERBS = ("fit", "validate", "test", "predict")
 
 OK, FAILURE, BAD_USE, INTERRUPTED = 0, 1, 2, 130
+
+# What is wrong with the settings is wrong on all processes, and the first one says it. The others wait this long for it
+# to end, whereupon their launcher ends them, before they speak of what may be their own trouble alone. In seconds.
+_PATIENCE = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +180,7 @@ def _is_users(error: BaseException) -> bool:
 def _status(error: BaseException) -> int:
     own = _own(error)
     if own is not None:
-        return FAILURE if isinstance(own, CheckpointError) else BAD_USE
+        return FAILURE if isinstance(own, CheckpointError | TrainingError) else BAD_USE
     return FAILURE if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else BAD_USE
 
 
@@ -207,5 +211,10 @@ def _stopped(stop: Stopped) -> int:
 
 
 def _report(message: str, hint: str, *, status: int) -> int:
+    rank = Launch.of().rank
+    if rank > 0:
+        if not alone_after(_PATIENCE):
+            return status
+        message = f"process {rank}: {message}"
     sys.stderr.write(f"error: {message}\n" + (f"HINT: {hint}\n" if hint else ""))
     return status

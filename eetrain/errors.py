@@ -43,5 +43,9 @@ class TopologyError(EETrainError):
     """Processes, stages, replicas and micro-batches do not fit each other or the model."""
 
 
+class TrainingError(EETrainError):
+    """A run cannot go on with the numbers it has come to."""
+
+
 class DataError(EETrainError):
     """A data file is missing, empty or holds a row that cannot be read."""

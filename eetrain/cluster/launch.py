@@ -5,10 +5,12 @@ from __future__ import annotations
 import getpass
 import os
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from eetrain.cluster.signals import REQUESTS
 from eetrain.errors import TopologyError
 
 # Names of Slurm jobs that Lightning takes for a shell in which processes are started by hand.
@@ -106,6 +108,16 @@ def this_process(environ: Mapping[str, str] = os.environ) -> str:
     """Who runs this, for other people to read: ``ana on nid0012, process 4711, job 123``."""
     job = _job(environ)
     return f"{_user()} on {platform.node()}, process {os.getpid()}" + (f", job {job}" if job else "")
+
+
+def alone_after(seconds: float) -> bool:
+    """Wait; whether the process that started this one is still there afterwards, and nobody asked this one to end."""
+    parent, end = os.getppid(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.getppid() != parent or REQUESTS.code:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _job(environ: Mapping[str, str]) -> str | None:

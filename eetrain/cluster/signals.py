@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -90,11 +89,6 @@ class Requests:
 def signal_of(code: int) -> int:
     """The signal of :attr:`Requests.code`."""
     return _ORDER[len(_ORDER) - code]
-
-
-def statuses() -> Mapping[str, int]:
-    """Exit status by signal, for help texts."""
-    return {number.name: status for number, status in _STATUS.items()}
 
 
 REQUESTS = Requests()

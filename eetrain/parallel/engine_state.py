@@ -55,7 +55,7 @@ def prepare_state(engine: Any) -> None:
     DeepSpeed connects parameters with the state when the first group has been stepped, and passes over groups that have
     none by then; so it is done here, for all.
     """
-    for _, flat in _flat_groups(engine):
+    for _, flat in flat_groups(engine):
         zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
         engine.basic_optimizer.state[flat] = {"step": torch.tensor(0.0), **zeros}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
@@ -120,12 +120,23 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+def partitioned_gradients(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters and this process's parts of their gradients, as ZeRO holds them between backward and its step."""
+    optimizer = engine.optimizer
+    groups = optimizer.fp16_groups if hasattr(optimizer, "fp16_groups") else optimizer.params_in_partition
+    for group, pieces in optimizer.averaged_gradients.items():
+        real = [piece for piece in pieces or () if not getattr(piece, "_zero_padding", False)]
+        # Where the last process's part is filled up, the filling is a piece too many.
+        yield from zip(groups[group], real, strict=False)
+
+
 def is_flat(parameter: Tensor) -> bool:
     """Whether an engine keeps the parameter in a flat piece, or the flat float32 copy of it."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
-def _flat_groups(engine: Any) -> list[tuple[list[Tensor], Tensor]]:
+def flat_groups(engine: Any) -> list[tuple[list[Tensor], Tensor]]:
+    """Lists of parameters with the flat piece of float32 that AdamW steps for each; nothing where it steps them."""
     for of_parameters, of_pieces in _FLAT_GROUPS:
         if hasattr(engine.optimizer, of_pieces):
             pairs = zip(getattr(engine.optimizer, of_parameters), getattr(engine.optimizer, of_pieces), strict=True)
@@ -135,7 +146,7 @@ def _flat_groups(engine: Any) -> list[tuple[list[Tensor], Tensor]]:
 
 def _states(engine: Any) -> dict[int, dict[str, Any]]:
     """AdamW's state of each trained parameter, by identity; one dict for all parameters of a flat piece."""
-    state, groups = engine.basic_optimizer.state, _flat_groups(engine)
+    state, groups = engine.basic_optimizer.state, flat_groups(engine)
     if groups:
         return {id(parameter): state[flat] for parameters, flat in groups for parameter in parameters}
     return {id(p): state[p] for group in engine.basic_optimizer.param_groups for p in group["params"]}
@@ -177,6 +188,7 @@ def _restore(name: str, parameter: Tensor, state: dict[str, Any], folder: NamedT
     if flat:
         _set(parameter, None, weight)
     if state_name(MOMENTS[0], name) not in folder.names:
+        state.clear()  # AdamW had not stepped it by then
         return
     state["step"] = folder.tensor(state_name("step", name))
     for key in MOMENTS:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from eetrain.errors import CheckpointError, ConfigError
 from eetrain.parallel.deepspeed_setup import EnginePrecision, join_processes
-from eetrain.parallel.engine_state import engine_tensors, restore_engine
+from eetrain.parallel.engine_state import engine_tensors, partitioned_gradients, restore_engine
 from eetrain.training.atomic_io import AtomicCheckpointIO
 from eetrain.training.checkpoint_folder import CheckpointFolder, save_folder
 from eetrain.training.processes import present_processes
@@ -50,6 +50,7 @@ class EngineStrategy(DDPStrategy):
         self.engine: Any = None
         self._folder: CheckpointFolder | None = None
         self._failed = False
+        self._drops_step = False
 
     @abstractmethod
     def build_engine(self, optimizer: Optimizer, clip_norm: float | None) -> Any:
@@ -120,6 +121,7 @@ class EngineStrategy(DDPStrategy):
         self.model_to_device()
         self.setup_optimizers(trainer)
         self.engine = self.build_engine(self.optimizers[0], trainer.gradient_clip_val or None)
+        self.let_drop(self.engine.basic_optimizer)
         # Schedules keep the AdamW they were made for: the engine steps it, in whatever it wraps it.
         self.optimizers = [self.engine.optimizer]
         self.model = self.engine
@@ -144,15 +146,38 @@ class EngineStrategy(DDPStrategy):
         # Batches before it are run without this call, and must not reduce gradients as if they were the last.
         self.engine.set_gradient_accumulation_boundary(True)
         result = closure()
+        self.settle_gradients()
         call._call_callback_hooks(module.trainer, "on_before_optimizer_step", optimizer)
         call._call_lightning_module_hook(module.trainer, "on_before_optimizer_step", optimizer)
-        self.step_engine()
+        self.engine.step()
+        self._drops_step = False
         self.engine.set_gradient_accumulation_boundary(False)
         return result
 
-    def step_engine(self) -> None:
-        """Clip, let the optimizer step, and forget the gradients."""
-        self.engine.step()
+    def settle_gradients(self) -> None:
+        """What is left to do with gradients when backward has ended on this process."""
+
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters with what this process holds of their gradients, before they are clipped."""
+        return partitioned_gradients(self.engine)
+
+    def drop_step(self) -> None:
+        """Let the step that is about to come change neither weights nor moments; all processes say so."""
+        self._drops_step = True
+
+    def let_drop(self, optimizer: Optimizer) -> None:
+        """Take the gradients from an AdamW in steps that are to be dropped: then it passes over everything.
+
+        What the engine does around it, it does; from masters that stayed it makes the weights that were there.
+        """
+
+        def forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if self._drops_step:
+                for group in optimizer.param_groups:
+                    for piece in group["params"]:
+                        piece.grad = None
+
+        optimizer.register_step_pre_hook(forget)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Names with the parameters themselves: hooks may leave some out before :meth:`save_checkpoint` reads them."""

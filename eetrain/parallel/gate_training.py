@@ -37,7 +37,8 @@ class GateTrainer:
         scored: Scored,
         over_replicas: Callable[[Tensor], Tensor],
         lr_factor: float,
-    ) -> ObjectiveOutput:
+        before_step: Callable[[ObjectiveOutput], None],
+    ) -> None:
         """One optimizer step.
 
         Args:
@@ -46,6 +47,7 @@ class GateTrainer:
             scored: of this replica.
             over_replicas: adds up over replicas.
             lr_factor: of the learning rates at this step.
+            before_step: called with the loss when all gradients are there and nothing has been done with them.
         """
         with torch.enable_grad():
             result = objective.gate_step(gates, scored.statistics, scored.labels_N, over_replicas)
@@ -53,13 +55,13 @@ class GateTrainer:
         for parameter in self.named.values():
             if parameter.grad is not None:
                 parameter.grad = over_replicas(parameter.grad)
+        before_step(result)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.named.values(), self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return result
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's state by name, for the one process that stores it."""

@@ -5,7 +5,7 @@ Shape suffixes: ``B`` rows, ``T`` positions, ``N = B * T`` tokens, ``E`` depths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +24,7 @@ from eetrain.parallel.pipeline import ExitPipeline
 from eetrain.parallel.stage import MicroBatch
 from eetrain.parallel.tasks import Scores, SharedLosses, Sums, WeightedLosses
 from eetrain.planning.topology import Topology, check_micro_batches
+from eetrain.training.step_terms import TOTAL, StepTerms
 
 Batch = Mapping[str, Tensor]
 
@@ -66,29 +67,29 @@ class PipelineRunner:
         if not objective.needs_full_depth():
             pipeline.stage.last_trained_block = max(objective.exit_layers, default=0)
 
-    def train(self, batch: Batch, step: int, active_LBT: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def train(
+        self,
+        batch: Batch,
+        step: int,
+        active_LBT: Tensor | None = None,
+        *,
+        before_step: Callable[[StepTerms], None] = lambda terms: None,
+    ) -> None:
         """One optimizer step of all that is not a gate: forward, backward, update.
 
         Args:
             batch: of this replica, the same on all its stages.
             step: optimizer step, counted from 0.
             active_LBT: where each block runs, or ``None`` for everywhere.
-
-        Returns:
-            The loss and the terms to log, means over the tokens of all replicas.
+            before_step: called with the step's loss when all gradients of this stage are there and nothing has been
+                done with them.
         """
         check_micro_batches(self.micro_batches, len(batch["input_ids"]))
         num_tokens = self.over_replicas(_num_scored(batch))
         task = self._task(step, num_tokens)
         self._begin(batch, task, self.micro_batches, active_LBT, travels=isinstance(task, SharedLosses))
-        self.pipeline.on_gradients = lambda: self._finish_gradients(task)
+        self.pipeline.on_gradients = lambda: before_step(self._finish_gradients(task))
         self.engine.train_batch(self._feed())
-        loss, nll = self._totals(task.sums, num_tokens)
-        terms = {f"ce/{depth_name(depth)}": nll[depth] for depth in self._depths if depth in self._trained_depths(task)}
-        if isinstance(task, WeightedLosses):
-            exits = {depth: weight for depth, weight in task.weights.items() if depth != FULL}
-            return loss, terms | {f"weight/{depth_name(d)}": loss.new_tensor(w) for d, w in exits.items()}
-        return sum(nll.values(), loss.new_zeros(())), terms
 
     @torch.no_grad()
     def score(self, batch: Batch, active_LBT: Tensor | None = None) -> Scored:
@@ -152,15 +153,24 @@ class PipelineRunner:
         micros = list(self.pipeline.work.micros)
         return ((micro.input_ids, micro.labels_N) for micro in micros)
 
-    def _finish_gradients(self, task: WeightedLosses | SharedLosses) -> None:
+    def _finish_gradients(self, task: WeightedLosses | SharedLosses) -> StepTerms:
         self._resting = self._out_of_reach()
         for tie in self.pipeline.ties:
             if tie.parameter.grad is None:
                 tie.parameter.grad = torch.zeros_like(tie.parameter)
-        if isinstance(task, SharedLosses):
-            loss, nll = self._totals(task.sums, task.num_tokens)
+        loss, nll = self._totals(task.sums, task.num_tokens)
+        means = {f"ce/{depth_name(depth)}": nll[depth] for depth in self._depths if depth in self._trained_depths(task)}
+        if isinstance(task, WeightedLosses):
+            exits = {depth: weight for depth, weight in task.weights.items() if depth != FULL}
+            means |= {f"weight/{depth_name(d)}": loss.new_tensor(w) for d, w in exits.items()}
+        else:
+            unweighted = sum(nll.values(), loss.new_zeros(()))
             if loss > 0:
-                self._scale_gradients(sum(nll.values(), loss.new_zeros(())) / loss)
+                self._scale_gradients(unweighted / loss)
+            loss = unweighted
+        local = {f"ce/{depth_name(depth)}": total for depth, total in task.sums.nll.items()}
+        here = {} if task.sums.loss is None else {TOTAL: task.sums.loss}
+        return StepTerms({TOTAL: loss.float(), **means}, {**here, **local})
 
     def _out_of_reach(self) -> list[nn.Parameter]:
         """Trained parameters of blocks that ran nowhere in this step, on no replica."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError, EETrainError, TopologyError
-from eetrain.objectives import JointGating
+from eetrain.objectives import JointGating, ObjectiveOutput
 from eetrain.parallel.cut import Cut, balanced_bounds, cut
 from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
 from eetrain.parallel.engine_strategy import EngineStrategy
@@ -25,6 +25,7 @@ from eetrain.planning.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
 from eetrain.training.console import tell
 from eetrain.training.optimization import build_adamw, parameter_groups
+from eetrain.training.step_terms import PHASE, TOTAL, StepTerms
 
 if TYPE_CHECKING:
     from eetrain.parallel.pipeline import ExitPipeline
@@ -158,6 +159,7 @@ class PipelineStrategy(EngineStrategy):
             self._setup_optimizers(trainer, self.pipeline, clip_norm)
             (optimizer,) = self.optimizers
             self.build_engine(optimizer, clip_norm)
+            self.let_drop(self.engine.basic_optimizer)
             self.optimizers = [self.engine.optimizer]
         elif self.engine is None:
             self.build_engine(None, None)
@@ -186,15 +188,14 @@ class PipelineStrategy(EngineStrategy):
             module.seed_noise(self.world_size + self.global_rank)
         step = module.global_step
         if isinstance(module.objective, JointGating) and module.objective.phase(step) == "gates":
-            loss, terms = self._train_gates(module.objective, batch)
+            self._train_gates(module.objective, batch)
         else:
-            loss, terms = runner.train(batch, step, active_LBT)
-        if isinstance(module.objective, JointGating):
-            terms["phase"] = loss.new_tensor(module.objective.phase_number(step))
-        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().to(loss.dtype)
+            runner.train(batch, step, active_LBT, before_step=self._before_step)
+        means = dict(module.step_terms.means)
+        seen = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum().double()
         rates = {part: rate * self._rate_factor for part, rate in self._rates.items()}
-        module.log_step({"loss": loss.float(), **terms}, runner.over_replicas(seen), rates)
-        return loss
+        module.log_step(means, runner.over_replicas(seen), rates)
+        return means[TOTAL]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Score all depths of a batch."""
@@ -210,10 +211,18 @@ class PipelineStrategy(EngineStrategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Run the step, which contains that of the optimizer."""
-        trainer = self._module.trainer
-        call._call_callback_hooks(trainer, "on_before_optimizer_step", optimizer)
-        call._call_lightning_module_hook(trainer, "on_before_optimizer_step", optimizer)
-        return closure()
+        result = closure()
+        self._drops_step = False
+        return result
+
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of this stage and of the gates; replicas have not added theirs up."""
+        assert self.pipeline is not None
+        narrow = self.engine.using_bf16_optimizer  # which sums gradients up in float32, beside the parameter
+        grads = [(p, getattr(p, "_hp_grad", None) if narrow else p.grad) for p in self.pipeline.parameters()]
+        if self.gate_trainer is not None:
+            grads += [(parameter, parameter.grad) for parameter in self.gate_trainer.named.values()]
+        return ((parameter, grad) for parameter, grad in grads if grad is not None)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Names with the parameters that this process's stage stores."""
@@ -300,6 +309,7 @@ class PipelineStrategy(EngineStrategy):
             own = build_adamw(gates.items(), module.optimizer_config)
             for group in own.param_groups:
                 group["initial_lr"] = group["lr"]
+            self.let_drop(own)
             self.gate_trainer = GateTrainer(gates, own, clip_norm)
         self._rates = self._rates_of_all(set(map(id, module.beside_model.values())))
 
@@ -336,12 +346,26 @@ class PipelineStrategy(EngineStrategy):
         group = self.engine.basic_optimizer.param_groups[0]
         return float(group["lr"] / group["initial_lr"])
 
-    def _train_gates(self, objective: JointGating, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _before_step(self, terms: StepTerms) -> None:
+        """Callbacks see the step's loss and gradients in the midst of the engine's work."""
+        module, means = self._module, dict(terms.means)
+        if isinstance(module.objective, JointGating):
+            means[PHASE] = means[TOTAL].new_tensor(module.objective.phase_number(module.global_step))
+        module.step_terms = StepTerms(means, terms.local)
+        (optimizer,) = self.optimizers
+        call._call_callback_hooks(module.trainer, "on_before_optimizer_step", optimizer)
+        call._call_lightning_module_hook(module.trainer, "on_before_optimizer_step", optimizer)
+
+    def _train_gates(self, objective: JointGating, batch: dict[str, Tensor]) -> None:
         assert self.gate_trainer is not None
         runner = self._built
-        gates = runner.model.gates_by_layer()
-        result = self.gate_trainer.step(objective, gates, runner.score(batch), runner.over_replicas, self._rate_factor)
-        return result.terms["gate_bce"], result.terms
+
+        def before_step(result: ObjectiveOutput) -> None:
+            means = {TOTAL: result.terms["gate_bce"].float(), **result.terms}
+            self._before_step(StepTerms(means, {TOTAL: result.total.detach()}))
+
+        gates, scored = runner.model.gates_by_layer(), runner.score(batch)
+        self.gate_trainer.step(objective, gates, scored, runner.over_replicas, self._rate_factor, before_step)
 
     def _score(self, batch: dict[str, Tensor], stage: Literal["val", "test"]) -> None:
         module, runner = self._module, self._built

@@ -132,11 +132,10 @@ class ZeroStrategy(EngineStrategy):
         if self.stage < 3 or module.trainer.state.fn != TrainerFn.FITTING:
             super().model_to_device()
 
-    def step_engine(self) -> None:
-        """Step, with groups at rest left as they are."""
+    def settle_gradients(self) -> None:
+        """Leave groups at rest as they are."""
         if self._rest is not None:
             self._rest.settle(self.root_device)
-        super().step_engine()
 
     def release_engine(self) -> None:
         """Give the module back whole; see :meth:`EngineStrategy.release_engine`."""

@@ -5,8 +5,9 @@ Its form is described in :mod:`eetrain.training.checkpoint_manifest`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ def save_folder(
     trainer_state: dict[str, Any],
     *,
     topology: Mapping[str, int],
+    gradient_norms: Sequence[float | None] = (),
     processes: Processes = ALONE,
 ) -> None:
     """Write the checkpoint folder ``target``, whole or not at all; every process of the run calls this.
@@ -57,6 +59,7 @@ def save_folder(
             1 GB of them is held at a time.
         trainer_state: Lightning's checkpoint dict without tensors of the model; counts on rank 0 only.
         topology: what writes, such as ``{"stages": 2, "replicas": 1}``.
+        gradient_norms: of its stages, see :class:`~eetrain.training.checkpoint_manifest.Manifest`.
         processes: all that write together.
 
     Raises:
@@ -69,9 +72,8 @@ def save_folder(
     try:
         _together(processes, target, lambda: _begin(target, staged) if first else None)
         shards = _together(processes, target, lambda: _write_shards(staged, processes.rank, pairs))
-        _together(
-            processes, target, lambda: _finish(target, staged, shards, trainer_state, topology) if first else None
-        )
+        finish = partial(_finish, target, staged, shards, trainer_state, topology, gradient_norms)
+        _together(processes, target, lambda: finish() if first else None)
     finally:
         if first:
             remove(staged)
@@ -154,6 +156,7 @@ def _finish(
     written: list[_Written | None],
     trainer_state: dict[str, Any],
     topology: Mapping[str, int],
+    gradient_norms: Sequence[float | None],
 ) -> None:
     files, tensors = _joined([part for part in written if part is not None])
     for name in files:
@@ -162,7 +165,7 @@ def _finish(
     _write_trainer_state(staged / TRAINER_FILE, trainer_state)
     files[TRAINER_FILE] = FileRecord.of(staged / TRAINER_FILE)
     step = int(trainer_state.get("global_step", 0))
-    Manifest(step, dict(topology), installed_versions(), files, tensors).write(staged)
+    Manifest(step, dict(topology), installed_versions(), files, tensors, list(gradient_norms)).write(staged)
     sync(staged)
     move_into_place(staged, target)
 

@@ -20,9 +20,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,27 @@ OPTIMIZER_PREFIX = "optimizer/"
 DAMAGED_HINT = "Use an older checkpoint of the run."
 
 
+class DamagedFolderError(CheckpointError):
+    """A checkpoint folder is not what was written.
+
+    Attributes:
+        files: names of its files that are not, if its manifest tells.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", files: Collection[str] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.files = frozenset(files)
+
+
 def weights_file(rank: int, number: int) -> str:
     """Name of the ``number``-th file of tensors of process ``rank``."""
     return f"weights-{rank:02d}-{number:02d}.safetensors"
+
+
+def writer_of(file: str) -> int | None:
+    """The process that gave the tensors of a file; ``None`` for files of no tensors."""
+    parts = file.removesuffix(".safetensors").split("-")
+    return int(parts[1]) if parts[0] == "weights" else None
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,8 @@ class Manifest:
         versions: of eetrain and its libraries.
         files: every other file.
         tensors: every tensor's file.
+        gradient_norms: of a pipeline's stages, the L2 norm of the last step's gradient of its blocks, clipped; ``None``
+            where it is not known or not finite, nothing if no pipeline wrote it.
     """
 
     global_step: int
@@ -86,6 +106,7 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, FileRecord]
     tensors: dict[str, str]
+    gradient_norms: list[float | None] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write it into ``folder`` and flush it to the disk."""
@@ -141,13 +162,13 @@ def unwritten(target: Path, reason: str) -> CheckpointError:
     whole = " The previous checkpoint is whole." if target.is_file() or is_checkpoint_folder(target) else ""
     return CheckpointError(
         f"The checkpoint {target} could not be written: {reason}.{whole}",
-        hint="If it is the disk, free space or set another folder with --run; then resume with --ckpt_path last.",
+        hint="If it is the disk, free space or set another folder with --run; then go on with --resume auto.",
     )
 
 
-def damaged(folder: Path, problems: list[str]) -> CheckpointError:
-    """The error for a folder with something wrong in it."""
-    return CheckpointError(f"{folder} is damaged: {'; '.join(problems)}.", hint=DAMAGED_HINT)
+def damaged(folder: Path, problems: list[str], files: Collection[str] = ()) -> DamagedFolderError:
+    """The error for a folder with something wrong in it, in these files of it."""
+    return DamagedFolderError(f"{folder} is damaged: {'; '.join(problems)}.", hint=DAMAGED_HINT, files=files)
 
 
 def installed_versions() -> dict[str, str]:

@@ -40,10 +40,11 @@ class CheckpointFolder:
         names: of all tensors.
         topology: what wrote it, such as ``{"stages": 2, "replicas": 1}``.
         global_step: optimizer steps done.
+        manifest: what it holds in which file.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+        self.path, self.manifest = path, manifest
         self.names = frozenset(manifest.tensors)
         self.topology = manifest.topology
         self.global_step = manifest.global_step
@@ -71,8 +72,8 @@ class CheckpointFolder:
         assert manifest is not None
         if check:
             shares = processes.gather(_damage(folder, manifest, processes.rank, len(failures)))
-            if problems := [problem for share in shares for problem in share]:
-                raise damaged(folder, problems)
+            if problems := {name: problem for share in shares for name, problem in share.items()}:
+                raise damaged(folder, list(problems.values()), problems)
         return cls(folder, manifest)
 
     def tensor(self, name: str) -> Tensor:
@@ -212,7 +213,7 @@ def _manifest_of(folder: Path) -> tuple[Manifest | None, CheckpointError | None]
         return None, error
 
 
-def _damage(folder: Path, manifest: Manifest, rank: int, count: int) -> list[str]:
-    """What is wrong with every ``count``-th file, beginning with the ``rank``-th."""
+def _damage(folder: Path, manifest: Manifest, rank: int, count: int) -> dict[str, str]:
+    """What is wrong with every ``count``-th file, beginning with the ``rank``-th, by name."""
     share = sorted(manifest.files.items())[rank::count]
-    return [problem for name, record in share if (problem := record.damage(folder / name)) is not None]
+    return {name: problem for name, record in share if (problem := record.damage(folder / name)) is not None}

@@ -32,6 +32,7 @@ from eetrain.training.optimization import build_adamw, build_schedule
 from eetrain.training.precision import keeping_tables
 from eetrain.training.randomness import batch_seed, seed_generators
 from eetrain.training.settings import BackboneConfig, LoraSettings, ModelSettings, OptimizerConfig, Tuning
+from eetrain.training.step_terms import TOTAL, StepTerms
 
 Batch = dict[str, Tensor]
 _RECORD = "eetrain"
@@ -90,6 +91,7 @@ class EarlyExitModule(LightningModule):
         self.gate_metrics = nn.ModuleDict()
         self.scores: dict[str, dict[str, float]] = {}
         self.scored_at: int | None = None
+        self.step_terms = StepTerms()  # of the present batch, known before the optimizer steps
         self._noise_seed: int | None = None
         self._tokens_seen: Tensor = torch.zeros((), dtype=torch.int64)
         self._check_settings()
@@ -163,6 +165,8 @@ class EarlyExitModule(LightningModule):
         """The objective's loss, weighted by this process's share of the scored tokens."""
         result = self.compute_loss(batch)
         share, means, seen = self._over_processes(batch, result)
+        local = {TOTAL: result.total, **result.terms}
+        self.step_terms = StepTerms(means, {name: value.detach() for name, value in local.items()})
         self.log_step(means, seen)
         return result.total * share
 

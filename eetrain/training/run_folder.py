@@ -14,7 +14,8 @@ from eetrain.training.checkpoint_fallback import newest_checkpoint
 CONFIG_FILE = "config.yaml"
 # What makes a run this run: with another value of one of these its checkpoints are those of something else.
 IDENTITY = (
-    "model.backbone",
+    "model.backbone.path",
+    "model.backbone.config",
     "model.exits",
     "model.objective",
     "model.tuning",
@@ -81,7 +82,8 @@ def check_same_run(folder: Path, checkpoints: Path, config: Mapping[str, Any]) -
 
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
+    if isinstance(before, Mapping | None) and isinstance(now, Mapping | None):
+        before, now = before or {}, now or {}
         for key in sorted({*before, *now}, key=str):
             yield from _differences(f"{name}.{key}", before.get(key), now.get(key))
     elif before != now and not _same_place(before, now):

@@ -110,7 +110,7 @@ def test_costs_are_a_further_configuration_for_gates(
     assert objective["init_args"]["phase_steps"] == 200, "the rest stays"
     steps = ["--model.objective.warmup_steps=0", "--model.objective.phase_steps=1"]
     assert main([*together, *steps, "--trainer.max_steps=2"]) == 0
-    assert main([*together, *steps, "--model.exits.layers=[1,3]"]) == 2
+    assert main([*together, *steps, "--model.exits.layers=[1,3]", "--run", str(tmp_path / "other")]) == 2
     assert "exit_costs names layers [1, 2]" in capsys.readouterr().err
 
 

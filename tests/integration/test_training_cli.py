@@ -114,10 +114,12 @@ def test_a_missing_backbone_is_a_failure(base, tmp_path, capsys):
 
 def test_a_checkpoint_that_cannot_be_written_is_a_failure(base, tmp_path, capsys):
     (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)
-    status, said, hinted = error_of(capsys, "fit", "-c", base, "--run", tmp_path, "--trainer.max_steps", 1)
+    status, said, hinted = error_of(
+        capsys, "fit", "-c", base, "--run", tmp_path, "--trainer.max_steps", 1, "--resume", "auto"
+    )
     assert status == 1
     assert said.startswith(f"The checkpoint {tmp_path}/checkpoints/last.ckpt could not be written: Is a directory.")
-    assert "--ckpt_path last" in hinted
+    assert "--resume auto" in hinted
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate"])

@@ -114,13 +114,13 @@ def test_ctrl_c_saves_whole_steps_and_says_how_to_resume(tmp_path, capfd):
     handler = signal.getsignal(signal.SIGINT)
     pressed = ["--trainer.callbacks", json.dumps({"class_path": f"{__name__}.PressCtrlC"})]
     try:
-        assert fit(base, "--trainer.max_steps", 5, *pressed) == 1
+        assert fit(base, "--trainer.max_steps", 5, *pressed) == 130
     finally:
         signal.signal(signal.SIGINT, handler)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert f"Stopped; {last} is whole. Resume with the same command and --ckpt_path last." in capfd.readouterr().err
+    assert f"Stopped by SIGINT after step 3; {last} is whole. Go on with the same command and --resume auto." in capfd.readouterr().err
     assert load(last)["global_step"] == 3
-    assert fit(base, "--trainer.max_steps", 5, "--ckpt_path", "last") == 0
+    assert fit(base, "--trainer.max_steps", 5, "--resume", "auto") == 0
     assert fit(base, "--trainer.max_steps", 5, "--run", tmp_path / "whole") == 0
     whole = load(tmp_path / "whole" / "checkpoints" / "last.ckpt")
     assert_same(load(last)["state_dict"], whole["state_dict"])
@@ -172,7 +172,8 @@ def test_a_run_from_scratch_can_be_built_again(tmp_path):
 def test_a_checkpoint_of_other_exits_is_refused(tmp_path, capsys):
     base = write_run(tmp_path)
     assert fit(base) == 0
-    assert fit(base, "--model.exits.layers", "[1,3]", "--ckpt_path", "last") == 1
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert fit(base, "--model.exits.layers", "[1,3]", "--ckpt_path", last, "--run", tmp_path / "other") == 1
     error = capsys.readouterr().err
     assert "error: The checkpoint does not fit the model of this run: 1 weights missing in it (first " in error
     assert "model.exits.3.norm.weight" in error

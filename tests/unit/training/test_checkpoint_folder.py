@@ -212,7 +212,7 @@ def test_a_failure_leaves_the_checkpoint_before(tmp_path, case):
     assert caught.value.message.startswith(begin)
     assert reason in caught.value.message
     assert caught.value.message.endswith(end)
-    assert "--ckpt_path last" in caught.value.hint
+    assert "--resume auto" in caught.value.hint
     assert step_of(tmp_path / "last.ckpt") == 1
     assert names_in(tmp_path) == ["last.ckpt"]
 

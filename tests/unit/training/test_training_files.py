@@ -44,7 +44,7 @@ def test_no_room_leaves_the_checkpoint_before_whole(tmp_path):
     message, hint = ours.recv()
     child.join()
     assert f"{path} could not be written: File too large. The previous checkpoint is whole." in message
-    assert "--ckpt_path last" in hint
+    assert "--resume auto" in hint
     assert torch.load(path, weights_only=True)["weights"].tolist() == [1.0] * 10
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 

@@ -135,7 +135,7 @@ def test_the_newest_checkpoint_has_most_steps(folder):
     assert newest_checkpoint(folder) == folder / "last.ckpt"
     set_aside(folder / "last.ckpt")
     assert newest_checkpoint(str(folder)) == folder / ".last.ckpt.old"
-    (folder / ".last.ckpt.old").write_bytes(b"torn")
+    flip(folder / ".last.ckpt.old")
     assert newest_checkpoint(folder) == folder / ".last.ckpt.old", "whole_checkpoint is to say what is wrong with it"
     AtomicCheckpointIO().remove_checkpoint(folder / "last.ckpt")
     assert newest_checkpoint(folder) == folder / "c.ckpt"
