@@ -134,7 +134,7 @@ class Door:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
-    def admit(self, timeout: float = JOIN_SECONDS) -> dict[Peer, Connection]:
+    def admit(self, timeout: float) -> dict[Peer, Connection]:
         """Wait for all the others; who does not know the token is sent away.
 
         Args:
@@ -209,9 +209,7 @@ def _listener(host: str) -> socket.socket:
     return socket.create_server(("", 0), backlog=1024)
 
 
-def enter(
-    host: str, port: int, token: str, me: Peer, timeout: float = JOIN_SECONDS
-) -> tuple[Sequence[Peer], list[Connection]]:
+def enter(host: str, port: int, token: str, me: Peer, timeout: float) -> tuple[Sequence[Peer], list[Connection]]:
     """Connect to rank 0, and wait until all others have.
 
     Args:

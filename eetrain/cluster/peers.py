@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eetrain.cluster.connections import Connection, Door, Message, enter
+from eetrain.cluster.connections import JOIN_SECONDS, Connection, Door, Message, enter
 from eetrain.cluster.verdicts import ECHO, SETTLE, Failure, Known, Peer, loss_text, speaker
 
 Gather = Callable[[Any], list[Any]]
@@ -173,7 +173,9 @@ class Watch:
             thread.start()
 
     @classmethod
-    def begin(cls, rank: int, size: int, host: str, gather: Gather, ending: Ending) -> Watch:
+    def begin(
+        cls, rank: int, size: int, host: str, gather: Gather, ending: Ending, *, timeout: float = JOIN_SECONDS
+    ) -> Watch:
         """Connect the processes; all of them call this, and all go on with a watch or with the same error.
 
         Args:
@@ -182,6 +184,7 @@ class Watch:
             host: address of rank 0's machine, loopback if there is one machine.
             gather: gives every process the values of all, by rank.
             ending: what to do about a lost process.
+            timeout: seconds in which all must have connected.
 
         Raises:
             ConnectionError: a process cannot reach rank 0; says which one, and where.
@@ -199,7 +202,7 @@ class Watch:
         if opened is not None:
             try:
                 port, token = opened
-                peers, connections = _assemble(door, me) if door else enter(host, port, token, me)
+                peers, connections = _assemble(door, me, timeout) if door else enter(host, port, token, me, timeout)
             except OSError as error:
                 problem = str(error)
         problems = [told for told in gather(problem) if told]
@@ -243,9 +246,9 @@ def told_by_first(timeout: float = 10.0) -> bool:
     return True
 
 
-def _assemble(door: Door, me: Peer) -> tuple[Sequence[Peer], list[Connection]]:
+def _assemble(door: Door, me: Peer, timeout: float) -> tuple[Sequence[Peer], list[Connection]]:
     """All processes, connections to each of them by rank, and rank 0's own end of the first one."""
-    admitted = door.admit()
+    admitted = door.admit(timeout)
     ends = [Connection(end) for end in socket.socketpair()]
     admitted[me] = ends[0]
     peers = sorted(admitted, key=lambda peer: peer.rank)

@@ -87,7 +87,7 @@ def check_tasks(environ: Mapping[str, str], devices: int | str = "auto", nodes: 
 
 def _place(environ: Mapping[str, str]) -> Check:
     launch = Launch.of(environ)
-    parts = [launch.launcher]
+    parts: list[str] = [launch.launcher]
     if launch.job_id:
         parts.append(f"job {launch.job_id} on {environ.get('SLURM_JOB_NODELIST', 'unknown nodes')}")
     parts.append(f"process {launch.rank} of {launch.world_size}")

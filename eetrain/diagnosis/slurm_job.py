@@ -70,7 +70,7 @@ def check_script(script: str) -> list[Check]:
 
 
 def _signal(rests: list[str], traps: bool) -> Check:
-    given = [found for rest in rests if (found := _SIGNAL.match(rest))]
+    given = [match for rest in rests if (match := _SIGNAL.match(rest))]
     if not given:
         return Check("signal", "no --signal in the script (perhaps one was given to sbatch)", "note", _WRITE)
     batch, name = given[-1]["batch"], given[-1]["name"]

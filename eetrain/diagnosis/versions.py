@@ -80,7 +80,7 @@ def nccl_version() -> str | None:
     """Version of the NCCL that torch brings, ``None`` if it has none."""
     if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
         return None
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
 
 
 def _python() -> Check:

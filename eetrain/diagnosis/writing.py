@@ -73,7 +73,7 @@ def measure_speed(folder: Path, count: int) -> Speed:
     block = os.urandom(max(1, min(_BLOCK, count)))  # disks that compress would be too fast with zeros
     with tempfile.TemporaryFile(dir=folder, prefix=_PREFIX, buffering=0) as file:
         start, blocks = time.perf_counter(), 0
-        while blocks == 0 or (blocks + 1) * len(block) <= count and time.perf_counter() - start < _LONGEST:
+        while blocks == 0 or ((blocks + 1) * len(block) <= count and time.perf_counter() - start < _LONGEST):
             left = memoryview(block)
             while left:
                 left = left[file.write(left) :]

@@ -1,26 +1,26 @@
-"""CheckFree: a lost stage of a pipeline made anew from the two beside it. Names, weights and means; nothing is read here.
+"""CheckFree: a lost stage of a pipeline made anew from the two beside it. Names, weights and means; reads no files.
 
 *All is Not Lost: LLM Recovery without Checkpoints* (Blagoev, Ersoy, Chen; arXiv 2506.15461)::
 
     W_i = (w_{i-1} W_{i-1} + w_{i+1} W_{i+1}) / (w_{i-1} + w_{i+1}),    w_j = |g_j|^power + 1e-4
 
-elementwise over homologous tensors of the blocks, with ``g_j`` the last gradient of stage ``j`` after clipping. The paper
-squares the norm (``power=2``); the authors' code does not (``power=1``) and adds the 1e-4, which keeps weights of two
-resting stages defined. Both let the stage that still learns much count for more.
+elementwise over homologous tensors of the blocks, with ``g_j`` the last gradient of stage ``j`` after clipping. The
+paper squares the norm (``power=2``). The authors' code does not (``power=1``), and adds the 1e-4: without it two stages
+at rest would have no mean.
 
 Where we differ:
 
 - Their stages hold blocks only, so ``|g|`` is that of the stage's blocks here: a gradient of embeddings or exits says
   nothing about them.
-- Theirs are equally large. Here block ``k`` of ``n`` (from 0) takes the block of a neighbour of ``m`` that lies where the
-  middle of it does, ``(2 k + 1) m // (2 n)``; with ``n = m`` that is block ``k``.
+- Theirs are equally large. Here block ``k`` of ``n`` (from 0) takes the block of a neighbour of ``m`` that lies where
+  the middle of it does, ``(2 k + 1) m // (2 n)``; with ``n = m`` that is block ``k``.
 - They have no exits. The head of an exit is a copy of that of the nearest exit on a stage that is there, of two equally
-  near ones the shallower, if both have the same tensors.
-- What training has not changed (a frozen backbone) and adapters are as the run begins with them. Frozen weights are then
-  exact. A mean of LoRA's factors is not one of their products, and the block below the adapter is not lost.
+  near ones the shallower, if both have the same tensors; else it is as the run begins with it.
+- What training does not change (a frozen backbone) and adapters are as the run begins with them. Frozen weights are
+  exact then. A mean of LoRA's factors is no mean of their products, and the block below the adapter is not lost.
 
-Embedding, final norm, output matrix and gates are on the first and the last stage of a checkpoint; those stages and two
-lost neighbours are refused. The paper keeps copies of the former, CheckFree+ trains stages to stand for each other.
+Embedding, final norm, output matrix and gates are on the first and the last stage of a checkpoint. These stages and two
+lost neighbours are refused. The paper keeps copies of the former; its CheckFree+ trains stages to stand for each other.
 """
 
 from __future__ import annotations
@@ -89,13 +89,20 @@ class Written:
         number, _, rest = name.removeprefix(self.blocks).partition(".")
         return int(number), rest
 
+    def norms_known(self, stage: int) -> bool:
+        """Whether the norms of the stages before and after are."""
+        return None not in self._norms_beside(stage)
+
     def weights(self, stage: int, power: Power) -> tuple[float, float]:
         """Those of the stages before and after; equal ones where a norm is unknown."""
-        norms = [self.norms[beside] if beside < len(self.norms) else None for beside in (stage - 1, stage + 1)]
-        before, after = norms
+        before, after = self._norms_beside(stage)
         if before is None or after is None:
             return 1.0, 1.0
         return before**power + _FLOOR, after**power + _FLOOR
+
+    def _norms_beside(self, stage: int) -> tuple[float | None, float | None]:
+        before, after = (self.norms[at] if at < len(self.norms) else None for at in (stage - 1, stage + 1))
+        return before, after
 
 
 def rebuild(lost: Collection[int], written: Written, power: Power = 1) -> dict[str, Source]:
@@ -170,7 +177,7 @@ def _of_stage(stage: int, lost: Collection[int], written: Written, power: Power)
         elif name.startswith(written.blocks):
             yield name, Source(tuple(_counterpart(name, stage, *side, written) for side in sides), weights)
         elif name.startswith(EXITS):
-            layer, rest = _exit_of(name)
+            layer, rest = exit_of(name)
             yield name, Source((f"{EXITS}{heads[layer]}.{rest}",), (1.0,)) if layer in heads else Source()
         else:
             raise _refused(stage, f"{name} belongs to no block and no exit")
@@ -199,11 +206,11 @@ def _copied_exits(stage: int, lost: Collection[int], written: Written) -> dict[i
     standing = set()
     for name, of in written.stage_of.items():
         if name.startswith(EXITS):
-            layer, rest = _exit_of(name)
+            layer, rest = exit_of(name)
             heads.setdefault(layer, {})[rest] = tuple(written.shapes.get(name, ()))
             if of not in lost:
                 standing.add(layer)
-    own = {_exit_of(name)[0] for name in written.parameters(stage) if name.startswith(EXITS)}
+    own = {exit_of(name)[0] for name in written.parameters(stage) if name.startswith(EXITS)}
     found = {}
     for layer in own:
         alike = [other for other in standing if heads[other] == heads[layer]]
@@ -212,7 +219,8 @@ def _copied_exits(stage: int, lost: Collection[int], written: Written) -> dict[i
     return found
 
 
-def _exit_of(name: str) -> tuple[int, str]:
+def exit_of(name: str) -> tuple[int, str]:
+    """Layer of a parameter of an exit, and the parameter's name in its head."""
     layer, _, rest = name.removeprefix(EXITS).partition(".")
     return int(layer), rest
 

@@ -30,7 +30,8 @@ class Cut:
         layers: of the whole pipeline: its pieces, and an anchor on every stage where nothing is trained.
         parts: bounds of the stages in ``layers``.
         shared: trained parameters that several stages use, with these stages, in an order all processes share.
-        owners: by a parameter's name in the model, the first stage that uses it.
+        owners: by a parameter's name in the model, the stage that stores it: the first of the pipeline if that uses it,
+            else the last that does. What other stages share with it is on neither of the inner ones then.
     """
 
     stage: Stage
@@ -92,12 +93,11 @@ def cut(model: MultiExitModel, bounds: Sequence[int], topology: Topology, rank: 
 
 
 def _owners(model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]) -> dict[str, int]:
-    first: dict[int, int] = {}
-    for stage in range(len(bounds) - 1):
+    found: dict[int, int] = {}
+    for stage in (*range(1, len(bounds) - 1), 0):
         for piece in pieces[bounds[stage] : bounds[stage + 1]]:
-            for parameter in parameters_of(model, piece):
-                first.setdefault(id(parameter), stage)
-    return {name: first.get(id(p), 0) for name, p in model.named_parameters(remove_duplicate=False)}
+            found |= {id(parameter): stage for parameter in parameters_of(model, piece)}
+    return {name: found.get(id(p), 0) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _shared_parameters(model: MultiExitModel, pieces: Sequence[Piece], bounds: Sequence[int]) -> list[SharedParameter]:

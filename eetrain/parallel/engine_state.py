@@ -188,7 +188,7 @@ def _restore(name: str, parameter: Tensor, state: dict[str, Any], folder: NamedT
     if flat:
         _set(parameter, None, weight)
     if state_name(MOMENTS[0], name) not in folder.names:
-        state.clear()  # AdamW had not stepped it by then
+        _forget(parameter, state, weight)
         return
     state["step"] = folder.tensor(state_name("step", name))
     for key in MOMENTS:
@@ -197,6 +197,15 @@ def _restore(name: str, parameter: Tensor, state: dict[str, Any], folder: NamedT
             _set(parameter, key, moment)
         else:
             state[key] = moment.to(parameter.device)
+
+
+def _forget(parameter: Tensor, state: dict[str, Any], weight: Tensor) -> None:
+    """Put moments back to what they are before the first step; in a flat piece there may be others beside them."""
+    if not is_flat(parameter):
+        state.clear()
+        return
+    for key in MOMENTS:
+        _set(parameter, key, torch.zeros_like(weight, dtype=torch.float32))
 
 
 def _set(parameter: Any, key: str | None, value: Tensor) -> None:

@@ -198,7 +198,18 @@ class EngineStrategy(DDPStrategy):
         if not whole:
             state.pop("optimizer_states")
         tensors = self.state_tensors(named, optimizer=whole)
-        save_folder(filepath, tensors, state, topology=self.topology, processes=present_processes())
+        save_folder(
+            filepath,
+            tensors,
+            state,
+            topology=self.topology,
+            gradient_norms=self.gradient_norms(),
+            processes=present_processes(),
+        )
+
+    def gradient_norms(self) -> Sequence[float | None]:
+        """Those of a pipeline's stages for the record in a checkpoint; all processes take part."""
+        return ()
 
     def state_tensors(self, named: Mapping[str, Tensor], *, optimizer: bool) -> Iterator[tuple[str, Tensor]]:
         """What a checkpoint holds of this process, see :func:`engine_tensors`; all processes take part."""
@@ -212,7 +223,7 @@ class EngineStrategy(DDPStrategy):
         """
         assert self.lightning_module is not None
         fits = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        path = AtomicCheckpointIO(resuming=fits).locate(checkpoint_path)
+        path = self.locate(Path(checkpoint_path), resuming=fits)
         if path.is_file():
             if fits:
                 raise CheckpointError(
@@ -221,7 +232,7 @@ class EngineStrategy(DDPStrategy):
                 )
             stored: dict[str, Any] = super().load_checkpoint(path, weights_only)
             return stored
-        self._folder = CheckpointFolder.open(path, check=False)
+        self._folder = self.open_folder(path, resuming=fits)
         state = self._folder.trainer_state()
         if fits and "optimizer_states" not in state:
             raise CheckpointError(
@@ -231,6 +242,14 @@ class EngineStrategy(DDPStrategy):
         # Rates are the schedule's at its step; a checkpoint of another topology may have other groups of parameters.
         schedules = [_without(schedule, "base_lrs", "_last_lr") for schedule in state.get("lr_schedulers", [])]
         return {**state, "lr_schedulers": schedules, "state_dict": self._folder.state_dict(self.held_names())}
+
+    def locate(self, path: Path, *, resuming: bool) -> Path:
+        """The checkpoint to read where ``path`` is asked for; see :meth:`AtomicCheckpointIO.locate`."""
+        return AtomicCheckpointIO(resuming=resuming).locate(path)
+
+    def open_folder(self, path: Path, *, resuming: bool) -> CheckpointFolder:
+        """The folder that was located at ``path``."""
+        return CheckpointFolder.open(path, check=False)
 
     def held_names(self) -> Container[str] | None:
         """Names of the tensors that this process has numbers of; ``None`` for all."""

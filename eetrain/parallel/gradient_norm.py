@@ -30,17 +30,18 @@ class GradientNorm:
         engine.basic_optimizer.register_step_pre_hook(self._measure)
 
     def square(self) -> float | None:
-        """The square of this process's part of the norm, in the last step; ``None`` before the first."""
+        """The square of this process's part of the norm, in the last step that had one; ``None`` before."""
         return None if self._square is None else float(self._square)
 
     def _measure(self, *_: object) -> None:
+        found = [owner.grad[span] for owner, span in self._pieces if owner.grad is not None]
+        if not found:
+            return  # a step that is dropped, or in which these parameters rest
         # ZeRO steps group by group: what belongs to one step of the engine is added up.
         if self._square is None or self._step != self._engine.global_steps:
             self._square = torch.zeros((), dtype=torch.float64, device=self._engine.device)
             self._step = self._engine.global_steps
-        found = [owner.grad[span] for owner, span in self._pieces if owner.grad is not None]
-        if found:
-            self._square += torch.nn.utils.get_total_norm(found).double() ** 2
+        self._square += torch.nn.utils.get_total_norm(found).double() ** 2
 
 
 def _pieces(engine: Any, wanted: set[int]) -> Iterator[tuple[Tensor, slice]]:

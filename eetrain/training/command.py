@@ -28,6 +28,7 @@ from eetrain.training.building import vocabulary_size
 from eetrain.training.checkpoint_fallback import newest_checkpoint
 from eetrain.training.checkpoint_reading import read_trainer_state
 from eetrain.training.console import ExitTable, hush
+from eetrain.training.guard import NumberGuard
 from eetrain.training.module import EarlyExitModule
 from eetrain.training.placing import move_into_place, part_of, standing, sync
 from eetrain.training.predictions import WritePredictions
@@ -77,10 +78,10 @@ class RunCLI(LightningCLI):
     """
 
     config: Any
+    lock: RunLock | None = None
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.metrics: dict[str, float] = {}
-        self.lock: RunLock | None = None
         try:
             self._parse_and_run(args)
         finally:
@@ -137,6 +138,7 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument("--json", action="store_true", help="Print one JSON object with the metrics on stdout.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(NumberGuard, "guard")
         parser.set_defaults({**_CHECKPOINT_DEFAULTS, "model.objective": OBJECTIVE})
 
     def before_instantiate_classes(self) -> None:
@@ -187,7 +189,7 @@ class RunCLI(LightningCLI):
             config.enable_checkpointing = False
         callbacks.append(SaveBeforeStopping(Path(self._get(self.config, "checkpoint").dirpath)))
         if config.enable_checkpointing is False:
-            self._parser(self.subcommand).callback_keys.clear()
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         if config.enable_progress_bar is not False and sys.stderr.isatty():
             callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
         else:
@@ -204,7 +206,7 @@ class RunCLI(LightningCLI):
         if (
             self.model.scored_at != trainer.global_step
             and trainer.limit_val_batches
-            and len(trainer.val_dataloaders or [])
+            and self.datamodule.corpus.has("validation")
         ):
             self.metrics = _plain(trainer)
             trainer.validate(self.model, datamodule=self.datamodule, verbose=False)

@@ -96,9 +96,7 @@ def test_a_checkpoint_is_validated_with_its_own_gates(folder, capsys):
 
 
 def test_steps_are_logged_by_phase(folder):
-    header, *rows = [
-        line.split(",") for line in (folder / "run" / "metrics.csv").read_text().splitlines()
-    ]
+    header, *rows = [line.split(",") for line in (folder / "run" / "metrics.csv").read_text().splitlines()]
     assert {"val/gate/1/nll", "val/gate/0.1/share/full"} <= set(header)
     assert rows
 

@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 import yaml
+from comparing import assert_same
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -29,22 +30,6 @@ def fit(base, *settings):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def assert_same(one, two, where=""):
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_same(one[key], two[key], f"{where}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for place, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same(a, b, f"{where}/{place}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    else:
-        assert one == two, where
 
 
 # 24 rows in batches of 4 make an epoch of 6 steps. Steps 2 and 4 lie inside an epoch, 6 at its end, 8 in the next one.
@@ -118,7 +103,10 @@ def test_ctrl_c_saves_whole_steps_and_says_how_to_resume(tmp_path, capfd):
     finally:
         signal.signal(signal.SIGINT, handler)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert f"Stopped by SIGINT after step 3; {last} is whole. Go on with the same command and --resume auto." in capfd.readouterr().err
+    assert (
+        f"Stopped by SIGINT after step 3; {last} is whole. Go on with the same command and --resume auto."
+        in capfd.readouterr().err
+    )
     assert load(last)["global_step"] == 3
     assert fit(base, "--trainer.max_steps", 5, "--resume", "auto") == 0
     assert fit(base, "--trainer.max_steps", 5, "--run", tmp_path / "whole") == 0
