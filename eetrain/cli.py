@@ -31,6 +31,7 @@ VERBS = {
     "compare": "put evaluated checkpoints and policies side by side",
     "bench": "measure decoding speed of exit policies against transformers",
     "export": "write a run as a Hugging Face folder",
+    "submit": "queue a fit, or evaluations, as a Slurm job that goes on by itself",
     "plan": "work out a pipeline on a cluster: step time, memory, what exits cost",
     "doctor": "check this machine and installation",
     "ls": "list recipes with their hardware and minutes",
@@ -101,7 +102,7 @@ def _run(given: list[str], *, from_process: bool) -> int:
 
     command = _command(verb)
     _keep_deepspeed_quiet()
-    arguments = with_list(with_flags(given[1:], command), command)
+    arguments = with_rest(with_list(with_flags(given[1:], command), command), command)
     status = auto_cli(command, args=arguments, as_positional=True, prog=f"eetrain {verb}", exit_on_error=False)
     return status if isinstance(status, int) else OK
 
@@ -113,11 +114,11 @@ def _keep_deepspeed_quiet() -> None:
 
 
 def with_flags(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:
-    """Spell settings out: ``--json`` is ``--json true`` where false is the default, ``--top-p`` is ``--top_p``."""
+    """Spell settings out: ``--json`` is ``--json true`` where that is a flag, ``--top-p`` ``--top_p``, ``-c`` ``--config``."""
     parameters = inspect.signature(command).parameters
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.default is False}
     spelled: list[str] = []
-    for place, given in enumerate(arguments):
+    for place, given in enumerate("--config" if word == "-c" else word for word in arguments):
         name, equals, value = given.partition("=")
         underscored = name.removeprefix("--").replace("-", "_")
         argument = f"--{underscored}{equals}{value}" if given.startswith("--") and underscored in parameters else given
@@ -143,6 +144,24 @@ def with_list(arguments: Sequence[str], command: Callable[..., object]) -> list[
         else:
             words.append(word)
     return [json.dumps(words), *flags] if words else flags
+
+
+def with_rest(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:
+    """Flags that a command does not know as its list ``settings``, if it has one: they are for another verb."""
+    parameters = inspect.signature(command).parameters
+    if "settings" not in parameters:
+        return list(arguments)
+    own: list[str] = []
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        known = not word.startswith("-") or word in ("-h", "--help") or word.partition("=")[0][2:] in parameters
+        kept = own if known else rest
+        kept.append(word)
+        if word.startswith("--") and "=" not in word and words and not words[0].startswith("--"):
+            kept.append(words.pop(0))
+    return [*own, "--settings", json.dumps(rest)] if rest else own
 
 
 def _command(verb: str) -> Callable[..., object]:

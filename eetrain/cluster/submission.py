@@ -121,7 +121,9 @@ def _run(command: list[str], script: str | None = None) -> subprocess.CompletedP
 
 def _said(text: str) -> str:
     """What sbatch wrote on stderr, as one line."""
-    lines = [re.sub(r"^(sbatch|allocation failure): (error: |fatal: )?", "", line).strip() for line in text.splitlines()]
+    lines = [
+        re.sub(r"^(sbatch|allocation failure): (error: |fatal: )?", "", line).strip() for line in text.splitlines()
+    ]
     kept = [line for line in dict.fromkeys(lines) if line and not line.startswith("Try ")]
     return "; ".join(line.rstrip(".") for line in kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,13 @@ class GradientNorm:
             self._square = torch.zeros((), dtype=torch.float64, device=self._engine.device)
             self._step = self._engine.global_steps
         self._square += torch.nn.utils.get_total_norm(found).double() ** 2
+
+
+def total_norm(squares: Sequence[float | None]) -> float | None:
+    """The norm of parts with these squares; ``None`` if one is unknown, or the norm not finite."""
+    known = [square for square in squares if square is not None]
+    norm = math.sqrt(sum(known)) if len(known) == len(squares) and all(map(math.isfinite, known)) else math.inf
+    return norm if math.isfinite(norm) else None
 
 
 def _pieces(engine: Any, wanted: set[int]) -> Iterator[tuple[Tensor, slice]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,7 @@ from eetrain.errors import CheckpointError, ConfigError
 from eetrain.parallel.checkfree import EXITS, Power, Source, Written, exit_of, mean, rebuild
 from eetrain.parallel.engine_state import state_name
 from eetrain.training import EarlyExitModule
+from eetrain.training.checkpoint_fallback import whole_checkpoint
 from eetrain.training.checkpoint_manifest import OPTIMIZER_PREFIX, DamagedFolderError, writer_of
 from eetrain.training.checkpoint_reading import CheckpointFolder
 from eetrain.training.processes import Processes
@@ -102,10 +104,20 @@ class StageRebuilder:
         self.names: frozenset[str] = frozenset()
         self._damage: dict[Path, DamagedFolderError] = {}
 
-    def mend(
+    def locate(self, path: Path, *, module: EarlyExitModule, processes: Processes) -> Path:
+        """The checkpoint to go on from where ``path`` is asked for: whole, or with stages that can be rebuilt.
+
+        Raises:
+            FileNotFoundError: there is nothing at ``path``.
+            CheckpointError: it is damaged beyond that, and no other is better.
+        """
+        self._damage.clear()
+        return whole_checkpoint(path, processes, mend=partial(self._mend, module=module, processes=processes))
+
+    def _mend(
         self, path: Path, problem: CheckpointError, *, module: EarlyExitModule, processes: Processes
     ) -> CheckpointError | None:
-        """Whether the checkpoint at ``path`` will do; see :class:`~eetrain.training.checkpoint_fallback.Mend`."""
+        """See :class:`~eetrain.training.checkpoint_fallback.Mend`."""
         if self.rebuild == "never" or not isinstance(problem, DamagedFolderError) or not problem.files:
             return problem
         reason = None
@@ -120,14 +132,14 @@ class StageRebuilder:
         return None
 
     def open(self, path: Path, *, module: EarlyExitModule, processes: Processes) -> CheckpointFolder:
-        """The folder at ``path``, whole or mended, with the stages in it that are to be rebuilt; warns of them.
+        """The folder located at ``path``, with the stages in it that are to be rebuilt; warns of them.
 
         Raises:
             CheckpointError: a stage was asked for that cannot be rebuilt.
         """
         folder, damage = CheckpointFolder.open(path, check=False), self._damage.get(path)
         stages, written, sources = self._plan(folder, () if damage is None else damage.files, module)
-        self.names = frozenset(_record_of(folder).get("names", ())) | sources.keys()
+        self.names |= {*_record_of(folder).get("names", ()), *sources}
         if not stages:
             return folder
         if processes.rank == 0:
@@ -170,7 +182,9 @@ def lost_stages(folder: CheckpointFolder, files: Collection[str]) -> set[int]:
     for file in files:
         writer = writer_of(file)
         if writer is None:
-            raise CheckpointError(f"No stage can be rebuilt without {file}.", hint="Use an older checkpoint of the run.")
+            raise CheckpointError(
+                f"No stage can be rebuilt without {file}.", hint="Use an older checkpoint of the run."
+            )
         stages.add(writer // replicas)
     return stages
 

@@ -133,6 +133,11 @@ class Stage:
         """Trained parameters between a hidden state and the logits of a depth."""
         return [parameter for parameter in _of_depth(self.model, depth) if parameter.requires_grad]
 
+    def trained_in_blocks(self) -> list[nn.Parameter]:
+        """Trained parameters of the stage's blocks."""
+        blocks = [piece for piece in self.pieces if piece.kind == "block"]
+        return [p for block in blocks for p in parameters_of(self.model, block) if p.requires_grad]
+
     def keep_own(self) -> None:
         """Give up the storage of what other stages hold; names, shapes and modules stay.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,14 +14,19 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError, EETrainError, TopologyError
 from eetrain.objectives import JointGating, ObjectiveOutput
+from eetrain.parallel.checkfree import Power
 from eetrain.parallel.cut import Cut, balanced_bounds, cut
 from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
 from eetrain.parallel.engine_strategy import EngineStrategy
 from eetrain.parallel.gate_training import GateTrainer
+from eetrain.parallel.gradient_norm import GradientNorm, total_norm
+from eetrain.parallel.rebuilding import Rebuild, StageRebuilder
+from eetrain.parallel.rebuilt_groups import separate
 from eetrain.planning.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
 from eetrain.training.console import tell
@@ -52,9 +58,16 @@ class PipelineStrategy(EngineStrategy):
         micro_batches: that a batch of a replica is cut into; they divide ``data.batch_size``.
         precision: see :class:`EngineStrategy`.
         zero_stage: 1 shares the optimizer's state out among replicas; DeepSpeed's pipelines go no further.
+        rebuild: what is done where a fit goes on from a checkpoint with a lost stage, one with a file missing or
+            damaged. ``never`` takes the newest whole checkpoint instead, ``lost`` makes the stage anew from the two
+            beside it (CheckFree, see :mod:`eetrain.parallel.checkfree`). A list of stages, from 0, is made anew even if
+            they are whole, but only from a checkpoint of a fit that did not list them: once, not at every resume. The
+            stages are those that wrote the checkpoint. Of what was rebuilt the optimizer begins anew.
+        rebuild_power: of the gradients' norms in the weights of the two stages, 1 or 2.
+        rebuild_lr_factor: what peak learning rates of rebuilt parameters are multiplied by, for the rest of the run.
 
     Raises:
-        ConfigError: an unknown precision.
+        ConfigError: an unknown precision, or a wrong value of what begins with ``rebuild``.
         TopologyError: no stage or no micro-batch, or a ZeRO stage that goes with no pipeline.
     """
 
@@ -64,6 +77,9 @@ class PipelineStrategy(EngineStrategy):
         micro_batches: int = 8,
         precision: EnginePrecision = "float32",
         zero_stage: int = 0,
+        rebuild: Rebuild = "never",
+        rebuild_power: Power = 1,
+        rebuild_lr_factor: float = 1.1,
     ) -> None:
         super().__init__(precision)
         if zero_stage not in (0, 1):
@@ -79,7 +95,9 @@ class PipelineStrategy(EngineStrategy):
         self.pipeline: ExitPipeline | None = None
         self.runner: PipelineRunner | None = None
         self.gate_trainer: GateTrainer | None = None
+        self._rebuilder = StageRebuilder(rebuild, rebuild_power, rebuild_lr_factor)
         self._cut: Cut | None = None
+        self._norm: GradientNorm | None = None
         self._rates: dict[str, float] = {}
 
     @property
@@ -160,6 +178,7 @@ class PipelineStrategy(EngineStrategy):
             (optimizer,) = self.optimizers
             self.build_engine(optimizer, clip_norm)
             self.let_drop(self.engine.basic_optimizer)
+            self._norm = GradientNorm(self.engine, self._cut.stage.trained_in_blocks())
             self.optimizers = [self.engine.optimizer]
         elif self.engine is None:
             self.build_engine(None, None)
@@ -230,6 +249,30 @@ class PipelineStrategy(EngineStrategy):
         owners, index = self._cut.owners, self._cut.stage.index
         state = super().lightning_module_state_dict()
         return {name: t for name, t in state.items() if owners.get(name.removeprefix("model."), 0) == index}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a folder that knows what was rebuilt; all processes take part."""
+        super().save_checkpoint({**checkpoint, **self._rebuilder.record()}, filepath, storage_options)
+
+    def gradient_norms(self) -> list[float | None]:
+        """Of every stage the norm of its blocks' last gradient."""
+        own = None if self._norm is None else self._norm.square()
+        sharded = self._norm is not None and self._norm.sharded
+        replicas, squares = self.world_size // self.stages, present_processes().gather(own)
+        stages = [squares[stage * replicas : (stage + 1) * replicas] for stage in range(self.stages)]
+        return [total_norm(parts if sharded else parts[:1]) for parts in stages]
+
+    def locate(self, path: Path, *, resuming: bool) -> Path:
+        """The checkpoint to go on from; lost stages are no hindrance if they can and may be rebuilt."""
+        if not resuming:
+            return super().locate(path, resuming=resuming)
+        return self._rebuilder.locate(path, module=self._module, processes=present_processes())
+
+    def open_folder(self, path: Path, *, resuming: bool) -> CheckpointFolder:
+        """The folder that was located, with the stages in it that are to be rebuilt."""
+        if not resuming:
+            return super().open_folder(path, resuming=resuming)
+        return self._rebuilder.open(path, module=self._module, processes=present_processes())
 
     def state_tensors(self, named: Mapping[str, Tensor], *, optimizer: bool) -> Iterator[tuple[str, Tensor]]:
         """The engine's, and on one process those of the gates' optimizer."""
@@ -305,6 +348,8 @@ class PipelineStrategy(EngineStrategy):
             module.beside_model |= self._fillers(pipeline)
         self.setup_optimizers(trainer)
         module.model.gates.requires_grad_(True)
+        if self._rebuilder.names:
+            self._separate_rebuilt(pipeline)
         if gates:
             own = build_adamw(gates.items(), module.optimizer_config)
             for group in own.param_groups:
@@ -329,6 +374,22 @@ class PipelineStrategy(EngineStrategy):
             pipeline.register_parameter(f"filler_{part}_{dim}", filler)
             fillers[f"model.{part}.filler_{dim}"] = filler
         return fillers
+
+    def _separate_rebuilt(self, pipeline: ExitPipeline) -> None:
+        """Put rebuilt parameters into groups of their own; ZeRO must find the same groups on every stage."""
+        module = self._module
+
+        def filler(like: dict[str, Any]) -> nn.Parameter:
+            name = f"filler_{len(module.beside_model)}"
+            made = nn.Parameter(like["params"][0].new_zeros([1] * like["params"][0].dim()))
+            pipeline.register_parameter(name, made)
+            module.beside_model[f"model.{name}"] = made
+            return made
+
+        rebuilt = {id(parameter) for name, parameter in module.named_parameters() if name in self._rebuilder.names}
+        (schedule,) = (config.scheduler for config in self.lr_scheduler_configs)
+        assert isinstance(schedule, LambdaLR)
+        separate(self.optimizers[0], schedule, rebuilt, self._rebuilder.lr_factor, filler if self.zero_stage else None)
 
     def _rates_of_all(self, anchors: Container[int]) -> dict[str, float]:
         """Peak learning rates by part of the model; no stage has groups of all parts."""

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from eetrain.training.placing import move_into_place, part_of, sync
 
-STEP = "step"
+STEP, EPOCH = "step", "epoch"
 
 
 class MetricsCSV(Logger):
@@ -31,7 +31,8 @@ class MetricsCSV(Logger):
         self.path = Path(save_dir) / f"{name}.csv"
         self._name = name
         self._columns: list[str] = []
-        self._step: float | None = None
+        self._step: int | None = None
+        self._done_again: int | None = None  # the step whose rows may be in the file already
 
     @property
     def name(self) -> str:
@@ -58,7 +59,9 @@ class MetricsCSV(Logger):
         row = {STEP: step, **{name: float(value) for name, value in metrics.items()}}
         before: list[dict[str, Any]] | None = None
         if self._step is None or step < self._step:
-            before = [row for row in self._written() if float(row[STEP]) < step]
+            self._done_again = step
+        if step == self._done_again:
+            before = [old for old in self._written() if _stays(old, row)]
         elif not row.keys() <= set(self._columns):
             before = self._written()
         self._step = step
@@ -87,6 +90,13 @@ class MetricsCSV(Logger):
             writer.writerows(rows)
         sync(part)
         move_into_place(part, self.path)
+
+
+def _stays(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether an old row is of a step before that of a new one, or of the same step and of other metrics."""
+    if float(old[STEP]) != row[STEP]:
+        return bool(float(old[STEP]) < row[STEP])
+    return not any(old.get(name) for name in row.keys() - {STEP, EPOCH})
 
 
 def _is_number(text: Any) -> bool:

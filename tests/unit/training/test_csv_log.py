@@ -42,6 +42,19 @@ def test_an_interrupted_run_replaces_the_steps_it_does_again(tmp_path):
     assert [row["loss"] for row in read(tmp_path)[6:]] == ["13.0", "14.0", "15.0", "16.0", "17.0"]
 
 
+def test_the_first_step_done_again_keeps_what_is_not(tmp_path):
+    killed = MetricsCSV(str(tmp_path))
+    for name in ("loss", "val"):
+        killed.log_metrics({name: 1.0, "epoch": 0}, step=4)
+    resumed = MetricsCSV(str(tmp_path))
+    resumed.log_metrics({"val": 2.0, "epoch": 0}, step=4)
+    assert [(row["loss"], row["val"]) for row in read(tmp_path)] == [("1.0", ""), ("", "2.0")]
+    resumed = MetricsCSV(str(tmp_path))
+    resumed.log_metrics({"loss": 3.0, "epoch": 0}, step=4)
+    resumed.log_metrics({"val": 3.0, "epoch": 0}, step=4)
+    assert [(row["loss"], row["val"]) for row in read(tmp_path)] == [("3.0", ""), ("", "3.0")]
+
+
 def test_going_back_in_one_process(tmp_path):
     log = MetricsCSV(str(tmp_path))
     for step in (0, 1, 2, 3, 1, 2):
