@@ -32,6 +32,8 @@ class GradientNorm:
 
     def square(self) -> float | None:
         """The square of this process's part of the norm, in the last step that had one; ``None`` before."""
+        if not self._pieces:
+            return 0.0
         return None if self._square is None else float(self._square)
 
     def _measure(self, *_: object) -> None:

@@ -1,7 +1,7 @@
 """Resuming from a checkpoint with lost stages: which are rebuilt, and the folder as if they had been stored.
 
-How a stage is rebuilt is in :mod:`eetrain.parallel.checkfree`. What counts as a stage is what *wrote* the checkpoint: its
-tensors have names that say nothing of stages, so that any number of processes reads the rebuilt ones.
+How a stage is rebuilt is in :mod:`eetrain.parallel.checkfree`. The stages are those that *wrote* the checkpoint: names
+of tensors say nothing of stages, so that any number of processes reads the rebuilt ones.
 """
 
 from __future__ import annotations

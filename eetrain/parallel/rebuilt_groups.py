@@ -1,4 +1,4 @@
-"""Rebuilt parameters in groups of the optimizer of their own: a rate of their own, and steps counted from the beginning."""
+"""Rebuilt parameters in groups of the optimizer of their own: with their own rate, and steps that begin at 0."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def separate(
         schedule: of its rates.
         rebuilt: identities of parameters.
         lr_factor: of their rates.
-        filler: makes a parameter that takes no part, like those of a group; with it no half is left out for being empty.
+        filler: makes a parameter that takes no part, like those of a group, for a half that is empty; without it such
+            halves are left out.
     """
     groups, bases, courses = [], [], []
     for group, base, course in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):

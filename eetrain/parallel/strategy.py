@@ -29,8 +29,10 @@ from eetrain.parallel.rebuilding import Rebuild, StageRebuilder
 from eetrain.parallel.rebuilt_groups import separate
 from eetrain.planning.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
+from eetrain.training.checkpoint_reading import CheckpointFolder
 from eetrain.training.console import tell
 from eetrain.training.optimization import build_adamw, parameter_groups
+from eetrain.training.processes import present_processes
 from eetrain.training.step_terms import PHASE, TOTAL, StepTerms
 
 if TYPE_CHECKING:

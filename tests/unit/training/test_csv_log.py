@@ -38,8 +38,10 @@ def test_an_interrupted_run_replaces_the_steps_it_does_again(tmp_path):
     resumed = MetricsCSV(str(tmp_path))
     for step in range(3, 8):
         resumed.log_metrics({"loss": 10.0 + step}, step=step)
-    assert steps(tmp_path) == [0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7]
-    assert [row["loss"] for row in read(tmp_path)[6:]] == ["13.0", "14.0", "15.0", "16.0", "17.0"]
+        resumed.log_metrics({"val": 10.0 + step}, step=step)
+    assert steps(tmp_path) == [step for step in range(8) for _ in range(2)]
+    assert [row["loss"] for row in read(tmp_path)[::2]] == ["0.0", "1.0", "2.0", "13.0", "14.0", "15.0", "16.0", "17.0"]
+    assert [row["val"] for row in read(tmp_path)[1::2]] == ["0.0", "1.0", "2.0", "13.0", "14.0", "15.0", "16.0", "17.0"]
 
 
 def test_the_first_step_done_again_keeps_what_is_not(tmp_path):
