@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILURE if stop.code else OK
     except Stopped as stop:
+        if argv is None:
+            REQUESTS.ignore()
         return _stopped(stop)
     except KeyboardInterrupt:
         return _report("interrupted.", "", status=INTERRUPTED)
@@ -114,7 +116,7 @@ def _keep_deepspeed_quiet() -> None:
 
 
 def with_flags(arguments: Sequence[str], command: Callable[..., object]) -> list[str]:
-    """Spell settings out: ``--json`` is ``--json true`` where that is a flag, ``--top-p`` ``--top_p``, ``-c`` ``--config``."""
+    """Spell settings out: a flag ``--json`` is ``--json true``, ``--top-p`` is ``--top_p``, ``-c`` is ``--config``."""
     parameters = inspect.signature(command).parameters
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.default is False}
     spelled: list[str] = []

@@ -1,7 +1,7 @@
 """Batch scripts from templates: text in, text out.
 
-A template is a whole script. Its ``#SBATCH`` lines are its defaults; those of a job take their place or follow them. What
-stands between the lines ``# >>> settings`` and ``# <<< settings`` is replaced by the settings of the job.
+A template is a whole script. Its ``#SBATCH`` lines are its defaults; those of a job take their place or follow them.
+What stands between the lines ``# >>> settings`` and ``# <<< settings`` is replaced by the settings of the job.
 """
 
 from __future__ import annotations
@@ -67,17 +67,7 @@ def seconds(time: str) -> int:
 
 
 def site_options(site: Site, resources: Resources) -> dict[str, str | None]:
-    """The options of sbatch that site and resources ask for: value by name, ``None`` for those without a value.
-
-    Raises:
-        ConfigError: the time is over before the job could train between its start and the signal to save.
-    """
-    limit = seconds(resources.time)
-    if 0 < limit < site.signal_seconds + _LEAST_BEFORE_SIGNAL:
-        raise ConfigError(
-            f"--time {resources.time} is {limit} s, but the job is told to save {site.signal_seconds} s before its end.",
-            hint="Ask for more time, or set signal_seconds of the site file to less.",
-        )
+    """The options of sbatch that site and resources ask for: value by name, ``None`` for those without a value."""
     gpus = f"{site.gpu_type}:{resources.devices}" if site.gpu_type else str(resources.devices)
     memory, cpus = site.memory, site.cpus_per_task
     options = {
@@ -98,6 +88,21 @@ def site_options(site: Site, resources: Resources) -> dict[str, str | None]:
         name, _, value = option[2:].replace(" ", "=", 1).partition("=")
         given[name] = value or None
     return given
+
+
+def signal_option(site: Site, resources: Resources) -> str:
+    """What ``--signal`` gets, so that all tasks are told to save.
+
+    Raises:
+        ConfigError: there is no time to train between the start and the signal.
+    """
+    limit = seconds(resources.time)
+    if 0 < limit < site.signal_seconds + _LEAST_BEFORE_SIGNAL:
+        raise ConfigError(
+            f"--time {resources.time} is {limit} s, but a job is told to save {site.signal_seconds} s before its end.",
+            hint="Ask for more time, or set signal_seconds of the site file to less.",
+        )
+    return f"SIGUSR1@{site.signal_seconds}"  # with "B:" it would go to the script alone
 
 
 def folder_options(folder: Path, log: str, work: Path) -> dict[str, str | None]:

@@ -198,14 +198,12 @@ def _listener(host: str) -> socket.socket:
     A name that stands for the loopback address on its own machine, as Debian's ``/etc/hosts`` has it, is known by
     another address elsewhere.
     """
-    for family, _, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
-        if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback and host not in (
-            address[0],
-            "localhost",
-        ):
+    for family, _, _, _, (found, *_) in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+        address = str(found)
+        if ipaddress.ip_address(address.partition("%")[0]).is_loopback and host not in (address, "localhost"):
             continue
         with suppress(OSError):
-            return socket.create_server((str(address[0]), 0), family=family, backlog=1024)
+            return socket.create_server((address, 0), family=family, backlog=1024)
     return socket.create_server(("", 0), backlog=1024)
 
 

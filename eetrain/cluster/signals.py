@@ -65,6 +65,14 @@ class Requests:
                 signal.signal(number, handler)
         self._previous.clear()
 
+    def ignore(self) -> None:
+        """Hear no more until this process has ended: it is as good as done, and its status is to count.
+
+        A process that ends first makes ``srun`` send SIGTERM to the others; a job put back into the queue is sent one.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
     def release_keyboard(self) -> None:
         """Give Ctrl-C back."""
         if signal.SIGINT in self._previous:

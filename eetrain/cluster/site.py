@@ -126,6 +126,8 @@ def _wrong(value: Any, where: str, wanted: str, example: str) -> ConfigError:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, str) and not value.strip():
+        return "empty"
     names = {dict: "keys", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), f"a {type(value).__name__}")
 
@@ -199,8 +201,8 @@ _TAKEN = {
     **{key: key for key in ("partition", "account", "qos", "constraint")},
     "cpus-per-task": "cpus_per_task",
     "mem": "memory",
-    **{key: "--run: eetrain submit keeps these in the run's folder" for key in ("output", "error", "chdir")},
-    **{key: "nothing: jobs are requeued and go on with their log" for key in ("requeue", "no-requeue", "open-mode")},
+    **dict.fromkeys(("output", "error", "chdir"), "--run: eetrain submit keeps logs in the run's folder"),
+    **dict.fromkeys(("requeue", "no-requeue", "open-mode"), "nothing: jobs are requeued and go on with their log"),
 }
 
 

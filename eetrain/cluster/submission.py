@@ -13,9 +13,10 @@ from eetrain.errors import ConfigError
 
 # What sbatch says where Slurm is installed but none answers.
 _NO_ANSWER = ("Could not establish a configuration source", "Unable to contact slurm controller")
+_BEFORE = re.compile(r"^(sbatch|allocation failure): (error: |fatal: )?")
 _HINTS = {
-    "partition": "Set partition in the site file to one that `sinfo` shows.",
     "account": "Set account in the site file to one that `sacctmgr show assoc user=$USER` shows.",
+    "partition": "Set partition in the site file to one that `sinfo` shows.",
     "qos": "Set qos in the site file to one that `sacctmgr show assoc user=$USER` shows.",
     "gres": "Set gpu_request in the site file to what this cluster knows (gpus-per-node, gres or none), and gpu_type.",
     "feature": "Set constraint in the site file to features that `sinfo -o %f` shows.",
@@ -121,11 +122,8 @@ def _run(command: list[str], script: str | None = None) -> subprocess.CompletedP
 
 def _said(text: str) -> str:
     """What sbatch wrote on stderr, as one line."""
-    lines = [
-        re.sub(r"^(sbatch|allocation failure): (error: |fatal: )?", "", line).strip() for line in text.splitlines()
-    ]
-    kept = [line for line in dict.fromkeys(lines) if line and not line.startswith("Try ")]
-    return "; ".join(line.rstrip(".") for line in kept)
+    lines = [_BEFORE.sub("", line).strip().rstrip(".") for line in text.splitlines()]
+    return "; ".join(line for line in dict.fromkeys(lines) if line and not line.startswith("Try "))
 
 
 def _unanswered(said: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import shlex
 import sys
 from pathlib import Path
@@ -28,12 +30,11 @@ def submit(
     template: str | None = None,
     dry_run: bool = False,
     json: bool = False,
-    settings: list[str] = [],  # noqa: B006 - never changed
+    settings: list[str] | None = None,
 ) -> int:
     """Submit a fit to Slurm. It is told to save before its time is over, goes back into the queue and goes on.
 
-    Whatever else is given is for `eetrain fit`: further -c OVERLAY, --KEY VALUE. Everything is checked before anything is
-    queued. RUN/slurm keeps the script, the resolved configuration and the logs.
+    RUN/slurm keeps the script, the resolved configuration and the logs.
 
     Args:
         recipe: as for `eetrain fit -c`; with --array a YAML with settings of `eetrain evaluate`.
@@ -46,8 +47,11 @@ def submit(
         template: a batch script instead of slurm/train.sbatch or slurm/eval_array.sbatch.
         dry_run: show the script and let Slurm check it, if there is one; write and submit nothing.
         json: write one JSON object.
-        settings: a list of what else is for `eetrain fit`; or give it as it is.
+        settings: further -c OVERLAY and --KEY VALUE of `eetrain fit`, given as they are. They are checked before
+            anything is queued.
     """
+    settings = settings or []
+    _check_spelling(settings)
     command = sbatch_command() if dry_run else required_sbatch()
     if not Path(recipe).is_file():
         raise ConfigError(f"There is no recipe {recipe!r}.", hint="`eetrain ls` lists the recipes.")
@@ -69,6 +73,16 @@ def submit(
     return 0
 
 
+def _check_spelling(settings: list[str]) -> None:
+    """A misspelt flag of this verb would else be called an unknown setting of the fit."""
+    own = [name for name in inspect.signature(submit).parameters if name not in ("recipe", "settings")]
+    for word in settings:
+        name = word.partition("=")[0].removeprefix("--")
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.75) if word.startswith("--") else []
+        if close and name not in own:
+            raise ConfigError(f"there is no setting {name!r}.", hint=f"Did you mean --{close[0].replace('_', '-')}?")
+
+
 def _write(job: PreparedJob) -> Path:
     """Write what the job needs; Slurm does not create the folder of its log, and does not say so."""
     try:
@@ -87,10 +101,7 @@ def _write(job: PreparedJob) -> Path:
 
 def _show(job: PreparedJob, number: str, json: bool) -> None:
     shown: dict[str, Any] = {
-        "job": number,
-        "log": job.log.format(job=number),
-        "script": str(job.folder / "job.sbatch"),
-        "config": str(job.folder / "config.yaml"),
+        **_places(job, number),
         "watch": f"squeue -j {number}",
         "cancel": f"scancel {number}",
         "compare": compare_command(job) if job.reports else None,
@@ -104,12 +115,21 @@ def _show(job: PreparedJob, number: str, json: bool) -> None:
 
 def _show_dry(job: PreparedJob, unchecked: str | None, json: bool) -> None:
     if json:
-        dry = {"job": None, "script": job.script, "config": job.config, "log": job.log.format(job="JOB")}
-        print_json({**dry, "checked": unchecked is None, "notes": list(job.notes)})
+        found = {"text": job.script, "checked": unchecked is None, "notes": list(job.notes)}
+        print_json({**_places(job, None), **found})
         return
     verdict = "sbatch --test-only takes it" if unchecked is None else f"not checked by Slurm: {unchecked}"
     _tell((*job.notes, f"{verdict}; nothing is written or submitted."))
     sys.stdout.write(job.script)
+
+
+def _places(job: PreparedJob, number: str | None) -> dict[str, str | None]:
+    return {
+        "job": number,
+        "log": str(job.folder / job.log.format(job=number or "JOB")),
+        "script": str(job.folder / "job.sbatch"),
+        "config": str(job.folder / "config.yaml"),
+    }
 
 
 def compare_command(job: PreparedJob) -> str:

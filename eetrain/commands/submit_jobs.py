@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from argparse import ArgumentError
@@ -21,6 +20,7 @@ from eetrain.cluster.batch_script import (
     quoted,
     render,
     seconds,
+    signal_option,
     site_options,
     site_settings,
 )
@@ -44,7 +44,7 @@ class PreparedJob:
         folder: gets ``config.yaml``, ``job.sbatch`` and the logs.
         config: text of the configuration.
         script: text of the batch script.
-        log: path of the log, with ``{job}`` for the job's number.
+        log: the log's name, with ``{job}`` for the job's number.
         notes: what the user should know.
         reports: folders of the reports, for an array.
     """
@@ -74,8 +74,8 @@ def template_text(given: str | None, name: str) -> str:
         if given is None:
             failed = ConfigError(
                 f"eetrain is installed without its template slurm/{name}.",
-                hint="It comes with the repository, not with the package: clone it and run `pip install -e .` in it, or "
-                "name a copy by --template.",
+                hint="It comes with the repository, not with the package: clone it and run `pip install -e .` in it, "
+                "or name a copy by --template.",
             )
         else:
             failed = ConfigError(f"The template {given!r} cannot be read: {error}.", hint="Name a file by --template.")
@@ -99,7 +99,7 @@ def prepare_fit(
         ConfigError: the fit would refuse its settings, or the folder holds another run.
         TopologyError: the stages of its pipeline do not divide the devices.
     """
-    fit = _resolved(["-c", recipe, *settings, *([] if run is None else ["--run", run])])
+    fit = resolve_fit(["-c", recipe, *settings, *([] if run is None else ["--run", run])])
     notes = _contradictions(fit, resources)
     _check_stages(fit, resources)
     check_same_run(fit.run, fit.checkpoints, fit.settings)
@@ -107,7 +107,7 @@ def prepare_fit(
     if seconds(resources.time) == 0:
         notes += ("--time 0 is no limit, so no signal to save comes before the end.",)
     lines = [f"config={quoted(_place(fit.run) / 'config.yaml')}", f"run={quoted(fit.run.absolute())}"]
-    options = {"signal": f"SIGUSR1@{site.signal_seconds}"}
+    options = {"signal": signal_option(site, resources)}
     return _prepared(fit.run, fit.to_yaml(), "%j.log", lines, options, resources, site, template, notes)
 
 
@@ -145,7 +145,8 @@ def prepare_array(
             hint="Leave both out; each policy is a task of its own.",
         )
     evaluation = _evaluation(recipe, settings)
-    out = evaluation.pop("out") if out is None else out
+    stored = evaluation.pop("out", None)
+    out = stored if out is None else out
     if out is None:
         raise ConfigError("There is no folder for the reports.", hint="Set --run FOLDER, or out in the recipe.")
     folder = Path(out)
@@ -180,8 +181,8 @@ def _prepared(
         **folder_options(folder, log, Path.cwd()),
     }
     script = render(template, options, [*site_settings(site), *lines])
-    shown = str(folder / log.replace("%j", "{job}").replace("%A_%a", "{job}_*"))
-    return PreparedJob(folder, config, script, shown, notes, reports)
+    name = log.replace("%j", "{job}").replace("%A_%a", "{job}_*")
+    return PreparedJob(folder, config, script, name, notes, reports)
 
 
 def _place(run: Path) -> Path:
@@ -192,20 +193,6 @@ def _place(run: Path) -> Path:
 def _safe(text: str) -> str:
     """As the template of arrays does it, too."""
     return re.sub(r"[^A-Za-z0-9._]", "-", text)
-
-
-def _resolved(arguments: list[str]) -> ResolvedFit:
-    try:
-        return resolve_fit(arguments)
-    except ConfigError as error:
-        failed = error
-    # Outside of the handler: the command line shows the error at the root of a chain.
-    from eetrain.commands.submit import submit
-
-    own = [name for name in inspect.signature(submit).parameters if name not in ("recipe", "settings")]
-    unknown = re.match(r"there is no setting '([^'.]+)'\.", failed.message)
-    close = difflib.get_close_matches(unknown[1], own, n=1) if unknown else []
-    raise ConfigError(failed.message, hint=f"Did you mean --{close[0].replace('_', '-')}?") if close else failed
 
 
 def _contradictions(fit: ResolvedFit, resources: Resources) -> tuple[str, ...]:
@@ -227,7 +214,7 @@ def _check_stages(fit: ResolvedFit, resources: Resources) -> None:
 
 def _evaluation(recipe: str, settings: list[str]) -> dict[str, Any]:
     """The settings of `eetrain evaluate`, without those that every task has of its own."""
-    parser = auto_parser(evaluate, as_positional=True, exit_on_error=False)
+    parser = auto_parser(evaluate, as_positional=False, exit_on_error=False)
     try:
         config = parser.parse_args(["--config", recipe, *settings])
     except ArgumentError as error:

@@ -74,17 +74,18 @@ def _as_nccl(value: str, names: list[str]) -> list[str]:
 
 
 def _default_interface(nodes: int) -> Check:
+    """Gloo takes the interface of this host's own name; NCCL looks for one by itself, so this is no error."""
     host = socket.gethostname()
     found = _resolve(host)
     if isinstance(found, str):
         if not found.startswith("127.") or nodes == 1:
             return Check("gloo interface", f"that of {found} ({host})")
         hint = "Set GLOO_SOCKET_IFNAME to the interface that reaches the other nodes (`ip -brief address`)."
-        return Check("gloo interface", f"{host} is {found}, which other nodes cannot reach", "error", hint)
+        return Check("gloo interface", f"{host} is {found}, which other nodes cannot reach", "note", hint)
     if nodes == 1:
         return Check("gloo interface", f"loopback: {host} has no address")
     hint = f"Set GLOO_SOCKET_IFNAME, or give {host} an address in /etc/hosts or DNS."
-    return Check("gloo interface", f"{host} has no address ({reason(found)})", "error", hint)
+    return Check("gloo interface", f"{host} has no address ({reason(found)})", "note", hint)
 
 
 def _address(address: str) -> Check:
@@ -96,7 +97,7 @@ def _address(address: str) -> Check:
 
 
 def _port(port: int, *, named: bool) -> Check:
-    what = f"MASTER_PORT={port}" if named else f"{port}, from the job's id"
+    what = f"MASTER_PORT={port}" if named else f"{port} (from the job's id)"
     try:
         with socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,7 +14,7 @@ _SECONDS = 5
 _LINE = re.compile(r"^#SBATCH\s+(?P<rest>.*?)\s*$", re.M)
 _SIGNAL = re.compile(r"^--signal[=\s](?P<batch>B:)?(?P<name>\w+)")
 _HEARD = ("USR1", "SIGUSR1", "10", "TERM", "SIGTERM", "15")
-_WRITE = "Write #SBATCH --signal=SIGUSR1@120 into the script: a run then saves and requeues itself in time."
+_WRITE = "Write #SBATCH --signal=SIGUSR1@180 into the script: a run then saves and requeues itself in time."
 
 
 def slurm_checks(environ: Mapping[str, str]) -> list[Check]:

@@ -111,6 +111,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write it into ``folder`` and flush it to the disk."""
         content = {"format": FORMAT, **asdict(self)}
+        if not self.gradient_norms:
+            del content["gradient_norms"]  # what needs none is as versions that know of none wrote it
         path = folder / MANIFEST_FILE
         path.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n", encoding="utf-8")
         sync(path)

@@ -28,6 +28,7 @@ from eetrain.training.building import vocabulary_size
 from eetrain.training.checkpoint_fallback import newest_checkpoint
 from eetrain.training.checkpoint_reading import read_trainer_state
 from eetrain.training.console import ExitTable, hush
+from eetrain.training.csv_log import LogBeforeSaving
 from eetrain.training.guard import NumberGuard
 from eetrain.training.module import EarlyExitModule
 from eetrain.training.placing import move_into_place, part_of, standing, sync
@@ -187,6 +188,7 @@ class RunCLI(LightningCLI):
         callbacks = [*(given if isinstance(given, list) else [given]), ExitTable(), WritePredictions(self.run_folder)]
         if config.fast_dev_run:
             config.enable_checkpointing = False
+        callbacks.append(LogBeforeSaving())
         callbacks.append(SaveBeforeStopping(Path(self._get(self.config, "checkpoint").dirpath)))
         if config.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")

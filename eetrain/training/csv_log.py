@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -19,7 +20,8 @@ class MetricsCSV(Logger):
     """Write metrics to ``SAVE_DIR/NAME.csv``: one row for what is logged together, one column for each metric.
 
     Steps only grow in the file. A run that goes on from step 40 after a kill at step 55, or that goes back to an
-    earlier checkpoint, replaces the rows of the steps it does again, so no step is there twice.
+    earlier checkpoint, replaces the rows of the steps it does again, so no step is there twice. A row that is logged
+    twice in succession is written once.
 
     Args:
         save_dir: the folder; the run folder, if left out on the command line.
@@ -33,6 +35,7 @@ class MetricsCSV(Logger):
         self._columns: list[str] = []
         self._step: int | None = None
         self._done_again: int | None = None  # the step whose rows may be in the file already
+        self._last: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
@@ -57,6 +60,9 @@ class MetricsCSV(Logger):
         """Add a row; it is in the file when this returns."""
         step = 0 if step is None else step
         row = {STEP: step, **{name: float(value) for name, value in metrics.items()}}
+        if row == self._last:
+            return
+        self._last = row
         before: list[dict[str, Any]] | None = None
         if self._step is None or step < self._step:
             self._done_again = step
@@ -90,6 +96,25 @@ class MetricsCSV(Logger):
             writer.writerows(rows)
         sync(part)
         move_into_place(part, self.path)
+
+
+class LogBeforeSaving(Callback):
+    """Write a step's row before the checkpoint that counts the step as done.
+
+    Lightning logs it afterwards, and a run killed in between would go on behind a step that is not in the log.
+    """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write it, if the checkpoint is saved at the end of a training batch."""
+        batches, connector = trainer.fit_loop.epoch_loop.batch_progress.current, trainer._logger_connector
+        within_batch = trainer.training and batches.completed < batches.processed
+        if not (within_batch and connector.should_update_logs) or trainer.fit_loop._should_accumulate():
+            return
+        metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+        for logger in trainer.loggers:
+            if metrics and isinstance(logger, MetricsCSV):
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.log_metrics({"epoch": trainer.current_epoch, **metrics}, step=step)
 
 
 def _stays(old: Mapping[str, Any], row: Mapping[str, Any]) -> bool:

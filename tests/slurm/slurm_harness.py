@@ -7,6 +7,7 @@ can run side by side.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -299,6 +300,25 @@ class Job:
     def text(self) -> str:
         """What it wrote so far."""
         return self.log.read_text() if self.log.exists() else ""
+
+    def processes(self, mask: str, number: int) -> dict[int, int]:
+        """Its Python processes of ``eetrain``, by rank, that treat a signal in one way.
+
+        Args:
+            mask: a line of ``/proc/PID/status``: ``SigIgn`` or ``SigCgt``.
+            number: of the signal.
+        """
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                if b"eetrain" not in command or b"python" not in command[0]:
+                    continue
+                environ = dict(line.split(b"=", 1) for line in (folder / "environ").read_bytes().split(b"\0") if line)
+                masks = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+                if environ.get(b"SLURM_JOB_ID") == self.id.encode() and int(masks[mask], 16) >> (number - 1) & 1:
+                    found[int(environ[b"SLURM_PROCID"])] = int(folder.name)
+        return found
 
     def told(self) -> str:
         """The log, and what the servers wrote."""

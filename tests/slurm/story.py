@@ -52,6 +52,11 @@ class Story:
             config["trainer"]["callbacks"] = [{"class_path": "slow_steps.Hold", "init_args": arguments}]
         self.recipe.write_text(yaml.safe_dump(config))
 
+    @staticmethod
+    def interpreter() -> str:
+        """Of the tasks: this one."""
+        return sys.executable
+
     def site(self, **changes: Any) -> Path:
         """Write the site file: this interpreter, no GPUs, and processes that meet on loopback."""
         environment = {
