@@ -78,8 +78,8 @@ def _check_spelling(settings: list[str]) -> None:
     own = [name for name in inspect.signature(submit).parameters if name not in ("recipe", "settings")]
     for word in settings:
         name = word.partition("=")[0].removeprefix("--")
-        close = difflib.get_close_matches(name, own, n=1, cutoff=0.75) if word.startswith("--") else []
-        if close and name not in own:
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
+        if close and word.startswith("--") and "." not in name:
             raise ConfigError(f"there is no setting {name!r}.", hint=f"Did you mean --{close[0].replace('_', '-')}?")
 
 

@@ -36,6 +36,7 @@ from eetrain.training.predictions import WritePredictions
 from eetrain.training.run_folder import CONFIG_FILE, check_same_run, start_from
 from eetrain.training.run_lock import RunLock
 from eetrain.training.stopping import SaveBeforeStopping
+from eetrain.training.watching import WatchProcesses
 
 CSV = {"class_path": "eetrain.training.csv_log.MetricsCSV", "init_args": {"save_dir": ".", "name": "metrics"}}
 OBJECTIVE = {"class_path": "eetrain.objectives.MultiExitCrossEntropy"}
@@ -185,7 +186,8 @@ class RunCLI(LightningCLI):
         """Add eetrain's callbacks and atomic checkpoint files."""
         config = self._get(self.config_init, "trainer")
         given = config.callbacks or []
-        callbacks = [*(given if isinstance(given, list) else [given]), ExitTable(), WritePredictions(self.run_folder)]
+        given = given if isinstance(given, list) else [given]
+        callbacks = [WatchProcesses(), *given, ExitTable(), WritePredictions(self.run_folder)]
         if config.fast_dev_run:
             config.enable_checkpointing = False
         callbacks.append(LogBeforeSaving())

@@ -22,6 +22,10 @@ def commands(kind):
     return [body for found, body in BLOCKS if found == kind]
 
 
+def words(body):
+    return [shlex.split(line, comments=True) for line in body.replace("\\\n", " ").splitlines() if line.strip()]
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder with a 10-block backbone, its tokenizer and two CSV files."""
@@ -45,8 +49,7 @@ def test_the_first_screen_names_the_two_scripts():
 
 def test_commands_run(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
-    body = commands("sh")[1].replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in body.splitlines() if line.strip()]
+    lines = words(commands("sh")[1])
     assert [line[1] for line in lines] == [
         *("fit", "export", "generate", "evaluate", "compare", "bench"),
         *("fit", "export", "generate"),
@@ -64,11 +67,22 @@ def test_commands_run(workplace, monkeypatch, capsys):
         assert (workplace / written).stat().st_size > 0
 
 
+def test_commands_for_a_cluster_run(workplace, monkeypatch, capsys):
+    """Scripts are rendered and checked; jobs of them run in the tests of Slurm."""
+    monkeypatch.chdir(workplace)
+    copy, fit, _, array, compare = words(commands("sh")[2])
+    assert [copy[0], *(line[1] for line in (fit, array, compare))] == ["cp", "submit", "submit", "compare"]
+    (workplace / copy[2]).write_bytes((ROOT / copy[1]).read_bytes())
+    for _, verb, *arguments in (fit, array):
+        arguments = [str(ROOT / word) if word.startswith(("recipes/", "configs/")) else word for word in arguments]
+        assert main([verb, *arguments, "--dry-run"]) == 0, capsys.readouterr().err
+        assert "#SBATCH --requeue" in capsys.readouterr().out
+
+
 def test_commands_on_several_processes_run(workplace, monkeypatch):
     pytest.importorskip("deepspeed", reason="the pipeline needs the extra deepspeed")
     monkeypatch.chdir(workplace)
-    body = commands("sh")[2].replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in body.splitlines() if line.strip()]
+    lines = words(commands("sh")[3])
     assert [line[1] for line in lines] == ["fit", "fit", "export", "plan"]
     for place, (_, verb, *arguments) in enumerate(lines):
         arguments = [str(ROOT / word) if word.startswith(("recipes/", "configs/")) else word for word in arguments]

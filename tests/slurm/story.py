@@ -64,7 +64,7 @@ class Story:
             "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONPATH": str(HERE),
             "HF_HUB_OFFLINE": "1",
-            "EETRAIN_TEST": "$SLURM_JOB_ID",
+            "PYTHONFAULTHANDLER": "1",
         }
         changes = {**changes, "environment": environment | changes.get("environment", {})}
         path = self.folder / "site.yaml"

@@ -38,6 +38,10 @@ OPTIONS = {
     "mem": r"\w+",
     "exclusive": "",
 }
+# Commands that write variables or every line they run.
+SHOWING = re.compile(
+    r"\b(set|bash|sh)\b.* -[a-z]*[xv]|\bprintenv\b|\b(declare|export|typeset) -p\b|^\s*(env|set)\s*($|[|>&;])", re.M
+)
 FULL = Site(
     partition="gpu", account="a", qos="q", constraint="c", gpu_type="a100", cpus_per_task=8, memory="0",
     sbatch=("--exclusive",), environment={"NAME": "value"}, setup=("true",), caches="$HOME/caches",
@@ -109,9 +113,9 @@ def test_every_sbatch_line(name: str) -> None:
 def test_nothing_shows_the_environment(name: str) -> None:
     commands = "\n".join(line for line in SCRIPTS[name].splitlines() if not line.startswith("#"))
     assert "set -euo pipefail" in commands
-    assert not re.search(
-        r"(?m)\b(set|bash|sh)\b.* -[a-z]*[xv]|\b(env|printenv|declare|export -p)\b\s*($|[-|>&;])", commands
-    )
+    assert not SHOWING.search(commands)
+    for line in ("set -eux", "env | sort", "  printenv HOME", "bash -x a", "declare -p", "set", "export -p >log"):
+        assert SHOWING.search(f"{commands}\n{line}\n"), line
     assert not re.search(r"--ntasks\b(?!-)|\btorchrun\b|\bpython -m torch", commands)
 
 
