@@ -85,8 +85,8 @@ def site_options(site: Site, resources: Resources) -> dict[str, str | None]:
     }
     given: dict[str, str | None] = {name: value for name, value in options.items() if value is not None}
     for option in site.sbatch:
-        name, _, value = option[2:].replace(" ", "=", 1).partition("=")
-        given[name] = value or None
+        name, *value = re.split(r"[=\s]", option[2:], maxsplit=1)
+        given[name] = value[0] if value else None
     return given
 
 

@@ -92,7 +92,7 @@ def check_launch(devices: int | str, num_nodes: int, environ: Mapping[str, str] 
             hint=f"Write #SBATCH --nodes={launch.nodes} and #SBATCH --ntasks-per-node={per_node} instead of --ntasks.",
         )
     per_node = launch.tasks_per_node or 1
-    if isinstance(devices, int) and devices != per_node:
+    if str(devices).isdigit() and int(devices) != per_node:  # on the command line a number is a word
         raise TopologyError(
             f"trainer.devices={devices}, but Slurm runs {per_node} tasks on each node (--ntasks-per-node).",
             hint=f"Set trainer.devices={per_node}, or #SBATCH --ntasks-per-node={devices}: one task for each device.",

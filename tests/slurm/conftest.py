@@ -1,5 +1,8 @@
 import pytest
-from slurm_harness import Slurm, missing
+
+pytest.register_assert_rewrite("slurm_harness", "story")  # their assertions show values, too
+
+from slurm_harness import Slurm, missing  # noqa: E402
 
 
 def cluster(nodes):

@@ -22,8 +22,9 @@ export DEBIAN_FRONTEND=noninteractive
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 echo "installing Slurm for the tests ..." >&2
-# The packages' own services are not wanted: the tests start servers of their own.
-if ! { apt-get update && RUNLEVEL=1 apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; } \
+apt="apt-get -o Acquire::http::Timeout=20 -o Acquire::Retries=0"
+# RUNLEVEL: the packages' own services are not wanted, the tests start servers of their own.
+if ! { $apt update && RUNLEVEL=1 $apt install -y --no-install-recommends slurmctld slurmd slurm-client munge; } \
   > "$log" 2>&1; then
   echo "no tests on a real Slurm: apt-get failed:" >&2
   tail -n 3 "$log" >&2

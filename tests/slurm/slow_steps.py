@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-PATIENCE = 180.0
+PATIENCE = 300.0
 
 
 class Hold(Callback):
@@ -25,10 +26,19 @@ class Hold(Callback):
         step: waits before the training batch of this number, from 0.
         validation: waits in the first validation batch instead.
         ranks: who waits; all if left out.
+        linger: seconds that processes other than the first one take to end.
     """
 
-    def __init__(self, folder: str, step: int = 0, validation: bool = False, ranks: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        step: int = 0,
+        validation: bool = False,
+        ranks: list[int] | None = None,
+        linger: float = 0.0,
+    ) -> None:
         self.folder, self.step, self.validation, self.ranks = Path(folder), step, validation, ranks
+        self.linger = linger
         self._record = -1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -36,6 +46,8 @@ class Hold(Callback):
         self._record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._record)
         (self.folder / f"process-{trainer.global_rank}").write_text(str(os.getpid()))
+        if self.linger and trainer.global_rank > 0:
+            atexit.register(time.sleep, self.linger)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not self.validation and trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.step + 1:

@@ -54,6 +54,7 @@ KillWait=5
 MinJobAge=3600
 FirstJobId={first}
 SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 SlurmdParameters=config_overrides
 GresTypes=gpu
@@ -283,7 +284,7 @@ class Job:
         """End it as users do: SIGTERM, and SIGKILL after KillWait."""
         self.cluster.run("scancel", self.id)
 
-    def wait_for(self, what: Callable[[], _WORD | None], about: str, timeout: float = 90) -> _WORD:
+    def wait_for(self, what: Callable[[], _WORD | None], about: str, timeout: float = 240) -> _WORD:
         """Wait for an answer while the job has not ended."""
 
         def answer() -> _WORD | None:
@@ -293,7 +294,7 @@ class Job:
 
         return wait_for(answer, f"{about} of job {self.id}", timeout, self.told)
 
-    def end(self, timeout: float = 120) -> str:
+    def end(self, timeout: float = 240) -> str:
         """Wait for its end; its state."""
 
         def ended() -> str | None:
@@ -301,7 +302,7 @@ class Job:
 
         return wait_for(ended, f"the end of job {self.id}", timeout, self.told)
 
-    def finish(self, timeout: float = 120) -> str:
+    def finish(self, timeout: float = 240) -> str:
         """Wait until it has completed with success; what it wrote."""
         state = self.end(timeout)
         assert state == "COMPLETED", f"job {self.id} is {state} with {self.field('ExitCode')}\n{self.told()}"
