@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from eetrain.cli_errors import explain, is_argument_problem
 from eetrain.cluster.launch import Launch, alone_after
+from eetrain.cluster.peers import told_by_first
 from eetrain.cluster.requeue import requeue
 from eetrain.cluster.signals import REQUESTS, REQUEUE, Stopped
 from eetrain.errors import CheckpointError, EETrainError, TrainingError
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report("interrupted.", "", status=INTERRUPTED)
     except Exception as error:
         if os.environ.get("EETRAIN_DEBUG") == "1" or not _is_users(error):
+            if told_by_first():
+                return FAILURE  # another process shows the same traceback
             raise
         return _report(*_explain(error, given[0]), status=_status(error))
     finally:
@@ -234,7 +237,7 @@ def _stopped(stop: Stopped) -> int:
 def _report(message: str, hint: str, *, status: int) -> int:
     rank = Launch.of().rank
     if rank > 0:
-        if not alone_after(_PATIENCE):
+        if told_by_first() or not alone_after(_PATIENCE):
             return status
         message = f"process {rank}: {message}"
     sys.stderr.write(f"error: {message}\n" + (f"HINT: {hint}\n" if hint else ""))

@@ -1,6 +1,6 @@
 """Run as a program of its own, since a lock on a broken network file system can hang: does a lock keep others out?
 
-Exit status 0: it does; 1: a second process got it as well; 2: no lock at all, with the reason on stdout.
+Exit status 0: it does; 3: a second process got it as well; 4: no lock at all, with the reason on stdout.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import fcntl
 import os
 import sys
 
-KEPT, SHARED, NONE = 0, 1, 2
+KEPT, SHARED, NONE = 0, 3, 4  # 1 and 2 are those of a Python program that fails
 
 
 def main(path: str) -> int:

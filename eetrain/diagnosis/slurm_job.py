@@ -77,7 +77,7 @@ def _signal(rests: list[str], traps: bool) -> Check:
     if batch and not traps:
         found = f"B:{name} goes to the script alone, which has no trap for it"
         return Check("signal", found, "note", "Leave out the B:, so that it goes to the processes of srun.")
-    if name not in _HEARD:
+    if name.upper() not in _HEARD:
         return Check("signal", f"{name}, which a run does not listen to", "note", _WRITE)
     return Check("signal", f"{name} before the time limit")
 

@@ -218,7 +218,8 @@ class NumberGuard(Callback):
         text = self._describe(trainer, module, terms, reading, before)
         drop_step(trainer)
         option = "on_nonfinite" if before is None else "on_spike"
-        hint = f"Look at these data; go on with --guard.{option} skip or rewind, or with a lower model.optimizer.lr"
+        hint = f"Look at these data; go on with --resume auto and --guard.{option} skip or rewind, or with a lower "
+        hint += "model.optimizer.lr"
         hint += "." if trainer.precision_plugin.precision not in ("16-mixed", "16-true") else ", or in bfloat16."
         if reaction == "skip":
             self._skips += 1

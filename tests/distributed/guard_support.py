@@ -119,7 +119,9 @@ STRATEGIES = {
 }
 
 
-def fit(name, numbers, folder=None, guard=None, spoil=None, resume=None, same=False, optimizer=None, more=(), **trainer):
+def fit(
+    name, numbers, folder=None, guard=None, spoil=None, resume=None, same=False, optimizer=None, more=(), **trainer
+):
     """What is there at the end, and the trainer; ``folder`` is where every second step is saved."""
     rank, num = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     replicas = 1 if name in ("pipeline", "pipeline, bf16", "pipeline, gates") else num
@@ -127,7 +129,9 @@ def fit(name, numbers, folder=None, guard=None, spoil=None, resume=None, same=Fa
     callbacks = [keep, *([] if spoil is None else [spoil]), *([] if guard is None else [guard]), *more]
     if folder is not None:
         callbacks.append(
-            ModelCheckpoint(Path(folder), filename="{step}", every_n_train_steps=2, save_top_k=-1, save_last=False)
+            ModelCheckpoint(
+                Path(folder), filename="{step}", every_n_train_steps=2, save_top_k=-1, enable_version_counter=False
+            )
         )
     built = lightning.Trainer(
         max_epochs=1,

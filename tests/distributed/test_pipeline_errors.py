@@ -48,7 +48,7 @@ def provoke(folder):
     found = {}
     for name, (base, settings) in cases(folder).items():
         try:
-            fit(base, *settings)
+            fit(base, *settings, "--run", folder / "refused" / name)
         except Exception as error:
             found[name] = error
     return found

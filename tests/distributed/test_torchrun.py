@@ -11,7 +11,17 @@ from eetrain.testing.runs import write_run
 
 
 def torchrun(*words):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "eetrain"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "--",
+        "eetrain",
+    ]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([*launcher, *map(str, words)], capture_output=True, text=True, timeout=240, env=environ)
 
@@ -27,7 +37,7 @@ def test_what_is_wrong_with_the_settings_is_said_once(tmp_path):
 @pytest.mark.slow
 def test_a_run_under_torchrun(tmp_path):
     ddp = ["--trainer.strategy", "ddp", "--trainer.devices", 2, "--trainer.limit_val_batches", 1]
-    done = torchrun("fit", "-c", write_run(tmp_path), *ddp)
+    done = torchrun("fit", "-c", write_run(tmp_path), *ddp, "--run", tmp_path / "there")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Validation") == 1
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert torch.load(tmp_path / "there" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4

@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eetrain.commands import doctor as doctor_module
+from eetrain.cli import main
 from eetrain.commands import recipes
-from eetrain.commands.doctor import check_version, doctor
 from eetrain.commands.ls import ls
 from eetrain.commands.recipes import RecipeHeader, read_header
 from eetrain.errors import ConfigError
@@ -83,42 +82,46 @@ def test_ls_without_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_doctor_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    status = doctor(json=True)
+    monkeypatch.setenv("PLANTED_TOKEN", "s3cret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    status = main(["doctor", "--json"])
     captured = capsys.readouterr().out
     assert captured.count("\n") == 1
+    assert "s3cret" not in captured
     found = json.loads(captured)
     checks = {check["name"]: check for check in found["checks"]}
+    assert len(checks) == len(found["checks"]), "each has a name of its own"
     assert status == (0 if found["ready"] else 1)
     assert found["ready"] == all(check["state"] != "error" for check in found["checks"])
-    assert checks["torch"]["found"] == torch.__version__
-    assert checks["writing"] == {"name": "writing", "found": str(tmp_path), "state": "ok", "hint": ""}
-    assert {"python", "lightning", "transformers", "deepspeed", "wandb", "cuda", "cores", "memory", "disk"} < set(
-        checks
-    )
+    assert all(set(check) == {"name", "found", "state", "hint"} for check in found["checks"])
+    assert checks["torch"]["found"] == found["versions"]["torch"] == torch.__version__
+    assert checks["run folder"]["found"] == str(tmp_path)
+    expected = {"python", "lightning", "deepspeed", "wandb", "cuda", "cores", "memory", "launch", "variables"}
+    assert expected | {"backends", "all-reduce", "disk", "writing", "renaming", "locks", "clock"} < set(checks)
+    assert found["launch"]["launcher"] == "plain"
+    assert found["variables"]["OMP_NUM_THREADS"] == "1"
+    assert found["measured"]["writing"]["write_bytes_per_second"] > 0
     assert list(tmp_path.iterdir()) == [], "the write test leaves nothing"
 
 
-def test_doctor_fails_where_nothing_can_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.setattr(doctor_module.Path, "cwd", lambda: gone / "missing")
-    monkeypatch.setattr(doctor_module.shutil, "disk_usage", lambda _: _Usage())
-    assert doctor() == 1
+def test_doctor_fails_where_nothing_can_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--run", "/proc/eetrain"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "not ready: disk, writing"
-    assert any("Run in a folder that you may write to." in line for line in lines)
+    assert lines[0].startswith("not ready: disk, ")
+    assert lines[0].endswith("writing")
+    assert any("Set a folder by --run that you may write to" in line for line in lines)
+    assert any("/proc/eetrain is not there yet; a fit makes it in /proc" in line for line in lines)
 
 
-class _Usage:
-    free, total = 2**20, 2**40
+def test_doctor_is_told_of_a_missing_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--recipe", "nothing.yaml"]) == 2
+    assert "There is no file 'nothing.yaml'.\nHINT: Give the YAML file of a run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("found", "state"), [("5.17.0", "ok"), ("5.16.9", "error"), ("6.0", "ok"), ("5.17.0+cu130", "ok"), (None, "error")]
-)
-def test_versions(found: str | None, state: str) -> None:
-    check = check_version("transformers", (5, 17), found)
-    assert check.state == state
-    assert check.hint == ("" if state == "ok" else "pip install 'transformers>=5.17'")
+def test_only_the_first_process_of_a_node_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert main(["doctor", "--json"]) == 0
+    assert capsys.readouterr().out == ""

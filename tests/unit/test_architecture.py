@@ -26,6 +26,7 @@ ALLOWED = {
     "parallel": {"backbones", "exits", "objectives", "planning", "training", "cluster"},
     "checkpoints": {"backbones", "exits", "decoding", "training"},
     "evaluation": {"backbones", "exits", "decoding", "data", "viewing"},
+    "diagnosis": {"backbones", "exits", "cluster", "training", "planning", "evaluation", "testing"},
     "viewing": {"decoding"},
     "testing": set(),
 }
