@@ -43,7 +43,7 @@ OK, FAILURE, BAD_USE, INTERRUPTED = 0, 1, 2, 130
 
 # What is wrong with the settings is wrong on all processes, and the first one says it. The others wait this long for it
 # to end, whereupon their launcher ends them, before they speak of what may be their own trouble alone. In seconds.
-_PATIENCE = 3.0
+_PATIENCE = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
