@@ -76,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report("interrupted.", "", status=INTERRUPTED)
     except Exception as error:
-        if os.environ.get("EETRAIN_DEBUG") == "1" or not _is_users(error):
+        if os.environ.get("EETRAIN_DEBUG") == "1":
+            raise
+        if not _is_users(error):
             if told_by_first():
-                return FAILURE  # another process shows the same traceback
+                return FAILURE  # the first process shows the same traceback
             raise
         return _report(*_explain(error, given[0]), status=_status(error))
     finally:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.distributed import DistNetworkError
@@ -200,6 +200,8 @@ class RunCLI(LightningCLI):
             config.enable_progress_bar = False
         config.callbacks = callbacks
         trainer = super().instantiate_trainer(**kwargs)
+        # What a batch has to say of itself comes before the run is stopped after it.
+        trainer.callbacks.sort(key=lambda each: 2 * isinstance(each, Checkpoint) + isinstance(each, SaveBeforeStopping))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO(resuming=self.subcommand == "fit")
         return trainer
