@@ -12,6 +12,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
@@ -21,6 +22,7 @@ from torch.distributed import DistNetworkError
 
 from eetrain.cli_errors import explain
 from eetrain.cluster.launch import Launch, check_launch
+from eetrain.cluster.signals import Stopped
 from eetrain.data import CausalLMDataModule
 from eetrain.errors import ConfigError, TopologyError
 from eetrain.training.atomic_io import AtomicCheckpointIO
@@ -249,6 +251,16 @@ def run(args: list[str] | None = None) -> None:
             f"The port at which the processes meet, {place}, is taken.",
             hint="Set MASTER_PORT to a free one; another job of this machine may use it.",
         ) from error
+    except Stopped:
+        _end_processes(args)
+        raise
+    _end_processes(args)
+
+
+def _end_processes(args: list[str] | None) -> None:
+    """Take the process group down where this process ends next: gloo's threads can abort an interpreter that exits."""
+    if args is None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _plain(trainer: Trainer) -> dict[str, float]:

@@ -18,6 +18,7 @@ from eetrain.training.checkpoint_folder import CheckpointFolder
 from eetrain.training.checkpoint_manifest import writer_of
 from eetrain.training.command import RunCLI
 
+pytestmark = pytest.mark.slow
 OVERLAY = Path(__file__).parents[2] / "configs" / "strategy" / "pipeline.yaml"
 STRATEGY = "--trainer.strategy."
 COURSE = [
@@ -189,7 +190,7 @@ def test_what_a_checkpoint_records(runs):
     assert zero == pytest.approx(same, rel=1e-4), "ZeRO's flat pieces hold the same gradient"
 
 
-@pytest.mark.parametrize("run", ["lost", pytest.param("pp2", marks=pytest.mark.slow), "pp1"])
+@pytest.mark.parametrize("run", ["lost", "pp2", "pp1"])
 def test_a_lost_stage_is_rebuilt_on_any_number_of_stages(runs, run):
     base, _, _ = runs
     if run == "pp2":
@@ -309,7 +310,6 @@ def other_runs(base):
         fit(base, f"{run}-again", 3, 3, 6, *settings, "--ckpt_path", checkpoint(base, run, 4), asked)
 
 
-@pytest.mark.slow
 def test_masters_are_averaged_and_adapters_begin_anew(tmp_path):
     (tmp_path / "model").mkdir()
     base = write_run(tmp_path / "model", "llama", num_hidden_layers=6).rename(tmp_path / "base.yaml")

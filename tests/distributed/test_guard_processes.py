@@ -6,8 +6,8 @@ from guard_support import NAN, NumberGuard, Spoil, SpoilGradient, apart, fit
 from eetrain.errors import TrainingError
 from eetrain.testing.processes import run_on_processes
 
-QUICK = ["ddp", "zero3", "pipeline"]
-SLOW = ["zero1", "zero2", "zero3, whole", "zero2, bf16", "zero3, bf16", "pipeline, bf16", "pipeline, zero1"]
+QUICK = ["ddp", "pipeline"]
+SLOW = ["zero1", "zero2", "zero3", "zero3, whole", "zero2, bf16", "zero3, bf16", "pipeline, bf16", "pipeline, zero1"]
 GATES = ["ddp, gates", "zero3, gates", "pipeline, gates"]
 DECLINE = {"schedule": "linear", "schedule_steps": 8, "warmup_steps": 1}
 

@@ -98,17 +98,13 @@ QUICK = {
     "pp1": ["tied heads, tied embeddings, clipped", "gates, frozen"],
     "pp3": [
         "tied heads, tied embeddings, clipped",
-        "own mlp heads, learned positions",
         "block heads, soft cap, recomputed",
-        "frozen, so without dropout",
         "lora, recomputed",
         "gates",
-        "many gates",
         "skipdecode, a block rests",
-        "skipdecode at random, packed",
         "bfloat16",
     ],
-    "2x2": ["norm heads, packed", "without the full depth", "gates", "zero 1"],
+    "2x2": ["norm heads, packed", "gates", "zero 1"],
 }
 SIZES = {"pp1": (1, 1), "pp2": (2, 2), "pp3": (3, 3), "pp4": (4, 4), "2x2": (4, 2), "1x2": (2, 1)}
 

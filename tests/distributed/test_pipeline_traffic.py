@@ -14,6 +14,7 @@ from eetrain.objectives import EETuning, JointGating, MultiExitCrossEntropy
 from eetrain.testing.processes import run_on_processes
 from eetrain.testing.tiny import tiny_model
 
+pytestmark = pytest.mark.slow
 STAGES, BLOCKS, MICRO_BATCHES, ROWS, LENGTH, WIDTH, VOCABULARY = 4, 8, 8, 2, 24, 32, 4099
 GATES = [0.2, 2.0]
 HIDDEN_BYTES = ROWS * LENGTH * WIDTH * 4

@@ -78,6 +78,10 @@ def test_tasks_that_differ_from_devices():
     assert hint == "Set trainer.devices=4, or #SBATCH --ntasks-per-node=2: one task for each device."
 
 
+def test_devices_as_the_command_line_gives_them():
+    assert refused("2", 2, SLURM)[0].startswith("trainer.devices=2, but Slurm runs 4 tasks")
+
+
 def test_nodes_that_differ():
     message, hint = refused(4, 1, SLURM)
     assert message == "trainer.num_nodes=1, but Slurm gave the job 2 nodes (--nodes)."
