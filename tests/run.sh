@@ -12,4 +12,4 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 WANDB_MOD
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy eetrain
-exec .venv/bin/python -m pytest -n 2 "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

@@ -104,6 +104,14 @@ def test_doctor_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert list(tmp_path.iterdir()) == [], "the write test leaves nothing"
 
 
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher: fits of other tests, of one process of many, leave their variables in this process."""
+    launch = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name in (*launch, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_doctor_fails_where_nothing_can_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--run", "/proc/eetrain"]) == 1
     lines = capsys.readouterr().out.splitlines()

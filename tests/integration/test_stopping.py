@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -158,15 +159,19 @@ def test_a_run_folder_that_cannot_be_written_is_one_line(place, capfd):
     assert error.count("\n") == 2
 
 
-def test_a_taken_port_is_one_line(place, monkeypatch, capfd):
-    import socket
-
+def test_a_taken_port_is_one_line(place):
+    words = ["fit", "-c", place / "base.yaml", "--run", place / "run", "--trainer.strategy", "ddp"]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setenv("MASTER_PORT", str(port))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        assert fit(place, "--run", place / "run", "--trainer.strategy", "ddp", "--trainer.devices", 1) == 2
-    error = capfd.readouterr().err
-    assert f"error: The port at which the processes meet, 127.0.0.1:{port}, is taken.\nHINT: Set MASTER_PORT" in error
+        done = subprocess.run(
+            [sys.executable, "-m", "eetrain", *map(str, words), "--trainer.devices", "1"],
+            env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    wanted = f"error: The port at which the processes meet, 127.0.0.1:{port}, is taken.\nHINT: Set MASTER_PORT"
+    assert wanted in done.stderr

@@ -186,8 +186,8 @@ def test_a_failure_of_all_is_shown_by_rank_0(start):
 
 def test_the_first_of_different_failures_counts(start):
     run = start(["wait_for hello", "KeyError"], ["ValueError"])
-    time.sleep(0.2)
     run.wait_for("1.0", "1.1")
+    time.sleep(1.0)  # for what rank 1 says to arrive
     (run.folder / "hello").write_text("")
     statuses, said = run.ended()
     assert statuses == [1, 1]
