@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from eetrain.backbones.routers import has_routers
-from eetrain.errors import ConfigError, EETrainError, TopologyError
+from eetrain.errors import EETrainError, TopologyError
 from eetrain.objectives import JointGating, ObjectiveOutput
 from eetrain.parallel.checkfree import Power
 from eetrain.parallel.cut import Cut, balanced_bounds, cut
 from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
 from eetrain.parallel.engine_strategy import EngineStrategy
+from eetrain.parallel.fillers import fill, fill_groups
 from eetrain.parallel.gate_training import GateTrainer
 from eetrain.parallel.gradient_norm import GradientNorm, total_norm
+from eetrain.parallel.rates import peak_rates
 from eetrain.parallel.rebuilding import Rebuild, StageRebuilder
 from eetrain.parallel.rebuilt_groups import separate
+from eetrain.parallel.refusals import check_routers, check_run
 from eetrain.planning.topology import Topology, check_micro_batches
 from eetrain.training import EarlyExitModule
 from eetrain.training.checkpoint_reading import CheckpointFolder
@@ -123,14 +125,7 @@ class PipelineStrategy(EngineStrategy):
         super().check(trainer, module)
         Topology.of(self.num_processes * self.num_nodes, self.stages, max(self.stages, 1))
         check_micro_batches(self.micro_batches, getattr(trainer.datamodule, "batch_size", None))
-        _check_settings(trainer, module)
-        if module.objective.schedule is not None and (self.zero_stage or self.precision != "float32"):
-            raise ConfigError(
-                f"The objective {type(module.objective).__name__} leaves single blocks out of a step, and with "
-                f"zero_stage={self.zero_stage} and precision={self.precision} DeepSpeed steps all parameters of a "
-                "group: weights and moments of these blocks would decay.",
-                hint="Set trainer.strategy.init_args.zero_stage=0 and precision=float32.",
-            )
+        check_run(trainer, module, self.zero_stage, self.precision)
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
@@ -323,12 +318,7 @@ class PipelineStrategy(EngineStrategy):
             # Refuses a model with nothing to train, which anchors would hide.
             parameter_groups(self._module.named_parameters(), self._module.optimizer_config)
         topology = Topology.of(self.world_size, self.stages, model.num_blocks)
-        if self._module.router_loss and self._module.settings.tuning != "frozen" and has_routers(model.backbone):
-            raise ConfigError(
-                "The auxiliary loss of a mixture of experts is a product of sums over all blocks, which the stages of "
-                "a pipeline cannot add up.",
-                hint="Set model.router_loss=false, or use a strategy without stages.",
-            )
+        check_routers(self._module, model)
         length = getattr(self._module.trainer.datamodule, "max_length", _USUAL_LENGTH)
         bounds = balanced_bounds(
             model,
@@ -347,7 +337,8 @@ class PipelineStrategy(EngineStrategy):
         module.beside_model = {name: p for name, p in pipeline.named_parameters() if name.endswith(".anchor")}
         module.model.gates.requires_grad_(False)
         if self.zero_stage:
-            module.beside_model |= self._fillers(pipeline)
+            of_stage = (*module.named_parameters(), *module.beside_model.items())
+            module.beside_model |= fill_groups(pipeline, parameter_groups(of_stage, module.optimizer_config))
         self.setup_optimizers(trainer)
         module.model.gates.requires_grad_(True)
         if self._rebuilder.names:
@@ -358,50 +349,24 @@ class PipelineStrategy(EngineStrategy):
                 group["initial_lr"] = group["lr"]
             self.let_drop(own)
             self.gate_trainer = GateTrainer(gates, own, clip_norm)
-        self._rates = self._rates_of_all(set(map(id, module.beside_model.values())))
-
-    def _fillers(self, pipeline: ExitPipeline) -> dict[str, nn.Parameter]:
-        """A parameter that takes no part for every group of the optimizer that only other stages have.
-
-        ZeRO adds up norms over the stages group by group, and would wait for those with fewer.
-        """
-        module = self._module
-        groups = parameter_groups((*module.named_parameters(), *module.beside_model.items()), module.optimizer_config)
-        own = {(group["name"], 2 if group["params"][0].dim() > 1 else 1) for group in groups}
-        of_all: list[set[tuple[str, int]]] = [set() for _ in range(self.world_size)]
-        dist.all_gather_object(of_all, own)
-        fillers = {}
-        for part, dim in sorted(set().union(*of_all) - own):
-            filler = nn.Parameter(next(pipeline.parameters()).new_zeros([1] * dim))
-            pipeline.register_parameter(f"filler_{part}_{dim}", filler)
-            fillers[f"model.{part}.filler_{dim}"] = filler
-        return fillers
+        groups = list(self.optimizers[0].param_groups)
+        if self.gate_trainer is not None:
+            groups += self.gate_trainer.optimizer.param_groups
+        self._rates = peak_rates(groups, fillers=module.beside_model.values())
 
     def _separate_rebuilt(self, pipeline: ExitPipeline) -> None:
         """Put rebuilt parameters into groups of their own; ZeRO must find the same groups on every stage."""
         module = self._module
 
         def filler(like: dict[str, Any]) -> nn.Parameter:
-            name = f"filler_{len(module.beside_model)}"
-            made = nn.Parameter(like["params"][0].new_zeros([1] * like["params"][0].dim()))
-            pipeline.register_parameter(name, made)
-            module.beside_model[f"model.{name}"] = made
+            name, dim = f"rebuilt_{len(module.beside_model)}", like["params"][0].dim()
+            made = module.beside_model[f"model.{name}"] = fill(pipeline, name, dim)
             return made
 
         rebuilt = {id(parameter) for name, parameter in module.named_parameters() if name in self._rebuilder.names}
         (schedule,) = (config.scheduler for config in self.lr_scheduler_configs)
         assert isinstance(schedule, LambdaLR)
         separate(self.optimizers[0], schedule, rebuilt, self._rebuilder.lr_factor, filler if self.zero_stage else None)
-
-    def _rates_of_all(self, anchors: Container[int]) -> dict[str, float]:
-        """Peak learning rates by part of the model; no stage has groups of all parts."""
-        groups = [*self.optimizers[0].param_groups]
-        if self.gate_trainer is not None:
-            groups += self.gate_trainer.optimizer.param_groups
-        real = [group for group in groups if any(id(parameter) not in anchors for parameter in group["params"])]
-        found: list[dict[str, float]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(found, {group["name"]: group["initial_lr"] for group in real})
-        return {part: rate for rates in found for part, rate in sorted(rates.items())}
 
     @property
     def _rate_factor(self) -> float:
@@ -435,40 +400,3 @@ class PipelineStrategy(EngineStrategy):
         active_LBT = module.objective.active_blocks(batch["labels"], batch.get("position_ids"), training=False)
         scored = runner.score(batch, active_LBT)
         module.record_scores(stage, scored.statistics, scored.layers, scored.labels_N)
-
-
-def _check_settings(trainer: Trainer, module: LightningModule) -> None:
-    if not isinstance(module, EarlyExitModule):
-        raise ConfigError(
-            f"PipelineStrategy cuts an EarlyExitModule, and the module is a {type(module).__name__}.",
-            hint="Use eetrain.training.EarlyExitModule.",
-        )
-    if trainer.accumulate_grad_batches != 1:
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, but a pipeline cuts each batch "
-            "itself.",
-            hint="Leave it out; set data.batch_size to the rows of a whole step, and micro_batches of the strategy.",
-        )
-    if trainer.state.fn == TrainerFn.PREDICTING:
-        raise ConfigError(
-            "predict generates token by token, which a training pipeline cannot.",
-            hint="Export the checkpoint and use eetrain generate, or predict without trainer.strategy.",
-        )
-    if module.settings.backbone.load == "exits":
-        raise ConfigError(
-            "model.backbone.load=exits leaves out the last blocks, but a pipeline has them on its last stages.",
-            hint="Leave it out: every process keeps its own stage only.",
-        )
-    if module.settings.backbone.dtype == "float64":
-        raise ConfigError(
-            "model.backbone.dtype=float64, which DeepSpeed does not add up over processes.",
-            hint="Use float32, or trainer.strategy.init_args.precision=bfloat16.",
-        )
-    objective = module.objective
-    if not isinstance(objective, JointGating) and objective.depth_weights(0) is None:
-        raise ConfigError(
-            f"The objective {type(objective).__name__} cannot run in a pipeline: its loss is no weighted sum over "
-            "depths, so stages cannot add their parts.",
-            hint="Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
-            "eetrain.objectives.weighted_sum.WeightedSum.",
-        )
