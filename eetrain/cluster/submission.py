@@ -95,9 +95,11 @@ def submit(command: str, script: Path) -> str:
 
 
 def without_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the job that it may be in, whose sizes a new job would take for its own."""
+    """The environment without the job or launcher it may be in: a new job would take their sizes and port for its own."""
+    of_launcher = re.compile(r"TORCHELASTIC_\w+|(LOCAL_|NODE_|GROUP_|ROLE_)?RANK|(\w+_)?WORLD_SIZE|MASTER_(ADDR|PORT)")
+    environ = {name: value for name, value in environ.items() if not of_launcher.fullmatch(name)}
     if "SLURM_JOB_ID" not in environ:
-        return dict(environ)
+        return environ
     kept = ("SLURM_CONF", "SLURM_CLUSTERS")
     return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name in kept}
 

@@ -111,6 +111,9 @@ def test_a_job_submitted_from_a_job_does_not_take_over_its_sizes(
     assert without_job(own) == {"SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin"}
     outside = {"SLURM_TIME_FORMAT": "relative", "PATH": "/bin"}
     assert without_job(outside) == outside
+    launchers = ["MASTER_PORT", "MASTER_ADDR", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
+    leftover = dict.fromkeys([*launchers, "TORCHELASTIC_RUN_ID"], "1")
+    assert without_job({**leftover, "PATH": "/bin", "RANKING": "x"}) == {"PATH": "/bin", "RANKING": "x"}
     for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK"):
         monkeypatch.setenv(name, "9")
     monkeypatch.delenv("SLURM_CONF", raising=False)
