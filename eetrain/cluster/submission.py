@@ -95,7 +95,7 @@ def submit(command: str, script: Path) -> str:
 
 
 def without_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the job or launcher it may be in: a new job would take their sizes and port for its own."""
+    """The environment without the job or launcher it may be in: a new job would take over their sizes and port."""
     of_launcher = re.compile(r"TORCHELASTIC_\w+|(LOCAL_|NODE_|GROUP_|ROLE_)?RANK|(\w+_)?WORLD_SIZE|MASTER_(ADDR|PORT)")
     environ = {name: value for name, value in environ.items() if not of_launcher.fullmatch(name)}
     if "SLURM_JOB_ID" not in environ:
