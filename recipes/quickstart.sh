@@ -15,10 +15,10 @@ held_out="$library/[s-z]*.py"
 echo "== 1/6 tokenizer"
 python recipes/quickstart/tokenizer.py --files "$train" --size 1024 --out $out/tokenizer
 echo "== 2/6 train a decoder of 8 blocks from scratch"
-eetrain fit -c recipes/quickstart/pretrain.yaml --run $out/base --data.tokenizer $out/tokenizer --data.train "$train"
+eetrain fit -c recipes/quickstart/pretrain.yaml --run $out/base --resume auto --data.tokenizer $out/tokenizer --data.train "$train"
 eetrain export $out/base --out $out/backbone
 echo "== 3/6 tune exits after blocks 2 and 5; the decoder stays as it is"
-eetrain fit -c recipes/quickstart/exits.yaml --run $out/exits --model.backbone.path $out/backbone \
+eetrain fit -c recipes/quickstart/exits.yaml --run $out/exits --resume auto --model.backbone.path $out/backbone \
   --data.tokenizer $out/tokenizer --data.train "$train"
 echo "== 4/6 export"
 eetrain export $out/exits --out $out/model --policy threshold:0.2
