@@ -12,6 +12,7 @@ from eetrain.backbones.anatomy import (
 from eetrain.backbones.harvest import Harvest, Harvester, call_block
 from eetrain.backbones.partial import PartialBlocks, run_partially
 from eetrain.backbones.projection import Projection
+from eetrain.backbones.ragged import check_ragged, narrowed, picked, ragged_masks
 from eetrain.backbones.recorder import Call
 
 __all__ = [
@@ -24,9 +25,13 @@ __all__ = [
     "blocks_of",
     "call_block",
     "causal_lm_of",
+    "check_ragged",
     "decoder_of",
     "dissect",
     "final_norm",
+    "narrowed",
     "output_projection",
+    "picked",
+    "ragged_masks",
     "run_partially",
 ]

@@ -61,7 +61,7 @@ class Harvester:
         input_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
     ) -> Harvest:
@@ -69,7 +69,8 @@ class Harvester:
 
         Args:
             input_ids: ``[B, T]``; or give ``inputs_embeds`` ``[B, T, D]``.
-            attention_mask: ``[B, cached + T]``, 1 for real tokens, or ``None`` if all are real.
+            attention_mask: ``[B, cached + T]``, 1 for real tokens, or ``None`` if all are real; or masks ready for the
+                blocks, from :func:`eetrain.backbones.ragged_masks`.
             position_ids: ``[B, T]``; positions that restart at 0 keep packed documents apart.
             cache: a transformers cache whose lengths say what came before, or ``None``.
 

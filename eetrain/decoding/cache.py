@@ -33,6 +33,8 @@ class Window:
         rows: which rows ``[R]``, or ``None`` for all.
         valid: ``[R, W]``; where false the slot is deeper already and must not be overwritten. ``None``: all valid.
         store_only: write keys and values, then stop the block by :class:`KeysStoredError`.
+        slots: ``[R, W]``, where rows have got unequally far: the slots of each row's own window, all rows, all valid.
+            ``first`` and ``last`` then span all of them.
     """
 
     first: int
@@ -40,6 +42,7 @@ class Window:
     rows: Tensor | None = None
     valid: Tensor | None = None
     store_only: bool = False
+    slots: Tensor | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -125,6 +128,10 @@ def _grow(buffer_BHNE: Tensor, capacity: int) -> Tensor:
 def _write(buffer_BHNE: Tensor, new_RHWE: Tensor, window: Window) -> Tensor:
     """Write into the buffer and return what the window's rows can attend to."""
     first, last, rows = window.first, window.last, window.rows
+    if window.slots is not None:
+        place_RHWE = window.slots[:, None, :, None].expand_as(new_RHWE)
+        buffer_BHNE.scatter_(2, place_RHWE, new_RHWE)
+        return buffer_BHNE.narrow(2, 0, last)
     # narrow() instead of slices: this runs twice a block and token, and slicing costs three times as much.
     if rows is None:
         target = buffer_BHNE.narrow(2, first, last - first)

@@ -21,7 +21,7 @@ from eetrain.backbones import Call, Harvest, call_block
 from eetrain.decoding.cache import KeysStoredError, Window
 from eetrain.decoding.confidence import Evidence
 from eetrain.decoding.policy import ExitPolicy
-from eetrain.decoding.runner import Runner
+from eetrain.decoding.runner import StepRunner
 from eetrain.errors import UnsupportedModelError
 from eetrain.exits.gating import gate_features
 
@@ -38,7 +38,7 @@ class _Current:
     state_RWD: Tensor
 
 
-class ExitRunner(Runner):
+class ExitRunner(StepRunner):
     """Run a multi-exit model under a policy that tests exits.
 
     Args:

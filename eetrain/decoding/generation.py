@@ -12,6 +12,9 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList, StopStringCrit
 from eetrain.decoding.loop import EarlyExitOutput, decode
 from eetrain.decoding.policies import Never, parse_policy
 from eetrain.decoding.policy import Policy
+from eetrain.decoding.runner import StepRunner
+from eetrain.decoding.speculative_loop import decode_speculatively
+from eetrain.decoding.speculative_runner import SpeculativeRunner
 from eetrain.decoding.start import start
 from eetrain.errors import ConfigError, UnsupportedModelError
 
@@ -70,6 +73,11 @@ def generate(
         _stop_at_positions(lm, stopping_criteria)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         runner = start(model, policy, input_ids, mask, positions)
+        if isinstance(runner, SpeculativeRunner):
+            return decode_speculatively(
+                runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer
+            )
+        assert isinstance(runner, StepRunner)
         return decode(runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
 
     modes = [(module, module.training) for module in model.modules()]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from eetrain.decoding.runner import Runner
+from eetrain.decoding.runner import StepRunner
+from eetrain.decoding.speculative import Speculation
 
 
 @dataclass
@@ -21,15 +22,17 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         exit_trace: depth of every generated token, ``[B, new]``; 0 after a row's end.
-        block_calls: blocks times positions computed after the prompt, repair included.
+        block_calls: blocks times positions computed after the prompt, repair and rejected drafts included.
+        speculation: what drafting came to, under a speculative policy.
     """
 
     exit_trace: Tensor | None = None
     block_calls: int | None = None
+    speculation: Speculation | None = None
 
 
 def decode(
-    runner: Runner,
+    runner: StepRunner,
     input_ids: Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
@@ -52,10 +55,10 @@ def decode(
     """
     with torch.inference_mode():
         result = _decode(runner, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-    return _outside_inference_mode(result)
+    return outside_inference_mode(result)
 
 
-def _outside_inference_mode(result: Tensor | EarlyExitOutput) -> Tensor | EarlyExitOutput:
+def outside_inference_mode(result: Tensor | EarlyExitOutput) -> Tensor | EarlyExitOutput:
     """Copies that autograd accepts: tensors made in inference mode cannot be inputs of training."""
     if isinstance(result, Tensor):
         return result.clone()
@@ -68,7 +71,7 @@ def _outside_inference_mode(result: Tensor | EarlyExitOutput) -> Tensor | EarlyE
 
 
 def _decode(
-    runner: Runner,
+    runner: StepRunner,
     input_ids: Tensor,
     logits_processor: Any,
     stopping_criteria: Any,
@@ -145,7 +148,7 @@ class _Record:
             self.logits += (logits,)
         self.depths.append(depth)
 
-    def output(self, input_ids: Tensor, runner: Runner) -> Tensor | EarlyExitOutput:
+    def output(self, input_ids: Tensor, runner: StepRunner) -> Tensor | EarlyExitOutput:
         if not self.wanted:
             return input_ids
         return EarlyExitOutput(

@@ -6,6 +6,7 @@
 | ``always:6`` | every token, the prompt's too, runs blocks 1..6 and the head of exit 6: the backbone cut at 6 |
 | ``threshold:0.9`` | leave at the first exit whose confidence is above 0.9 |
 | ``gate:0.5`` | leave at the first exit whose trained gate says 0.5 or more |
+| ``speculative:exit=3,draft=4`` | draft with exit 3, verify with the other blocks: the plain model's tokens, sooner |
 | ``skipdecode:max=9,min=4`` | depth by position, see :mod:`eetrain.schedules.specs` for this and its relatives |
 """
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from eetrain import shorthand
 from eetrain.decoding.confidence import MEASURES, Evidence
-from eetrain.decoding.policy import Decodable, ExitPolicy, Policy, Repair, Route, check_full_depth
+from eetrain.decoding.draft_stop import parse_stop
+from eetrain.decoding.policy import Decodable, ExitPolicy, Policy, Repair, Route, check_full_depth, listed
+from eetrain.decoding.speculative import Speculative, parse_exits
 from eetrain.errors import ConfigError
 from eetrain.exits.gating import conditional
 from eetrain.schedules import SCHEDULES, ScheduleSpec
@@ -30,6 +33,8 @@ from eetrain.shorthand import Form, integers, numbers, spell, truth
 @dataclass(frozen=True)
 class Never(ExitPolicy):
     """The plain model."""
+
+    lossless = True
 
     def route(self, exit_layers: Sequence[int], num_blocks: int) -> Route:
         """One range over all blocks."""
@@ -55,7 +60,7 @@ class Always(ExitPolicy):
         if self.layer not in exit_layers:
             raise ConfigError(
                 f"Exit policy {self}: the model has no exit after block {self.layer}.",
-                hint=f"Exits stand after blocks {_listed(exit_layers)}.",
+                hint=f"Exits stand after blocks {listed(exit_layers)}.",
             )
         return Route((), self.layer)
 
@@ -154,7 +159,7 @@ class Gated(ExitPolicy):
         if len(self.value) not in (1, len(route.exits)):
             raise ConfigError(
                 f"Exit policy {self} has {len(self.value)} values for {len(route.exits)} exits.",
-                hint=f"Give one for all, or one for each of the exits after blocks {_listed(route.exits)}.",
+                hint=f"Give one for all, or one for each of the exits after blocks {listed(route.exits)}.",
             )
         return route
 
@@ -193,7 +198,7 @@ def _inner_route(policy: ExitPolicy, wanted: tuple[int, ...], exit_layers: Seque
     if missing or not inner:
         found = f"no exit after block {missing[0]}" if missing else "no exit below its last block"
         raise ConfigError(
-            f"Exit policy {policy}: the model has {found}.", hint=f"Exits stand after blocks {_listed(exit_layers)}."
+            f"Exit policy {policy}: the model has {found}.", hint=f"Exits stand after blocks {listed(exit_layers)}."
         )
     return Route(inner, num_blocks)
 
@@ -202,10 +207,6 @@ def _check_repair(policy: ExitPolicy) -> None:
     _one_of("repair", policy.repair, get_args(Repair))
     if policy.cap < 1:
         raise ConfigError(f"cap={policy.cap}, must be at least 1.", hint="Use never to turn exits off.")
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"
 
 
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
@@ -224,11 +225,13 @@ _POLICIES: dict[str, Form] = {
         "value",
         {"value": numbers, "cost_weight": float, "conditional": truth, "repair": str, "cap": int},
     ),
+    "speculative": Form(Speculative, None, {"exit": parse_exits, "draft": integers, "stop": parse_stop}),
     **SCHEDULES,
 }
 _EXAMPLES = (
     "never, always:6, threshold:0.9, threshold:0.9,measure=margin,repair=propagate,cap=8,exits=3+6, "
-    "gate:0.5,cost_weight=1, skipdecode:max=9,min=4, static:6, unified:2, d3:0.98, hsd:6"
+    "gate:0.5,cost_weight=1, speculative:exit=3,draft=4,stop=0.4, skipdecode:max=9,min=4, static:6, unified:2, "
+    "d3:0.98, hsd:6"
 )
 
 

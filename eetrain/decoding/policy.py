@@ -35,7 +35,13 @@ class Decodable(Protocol):
 
 
 class Policy(ABC):
-    """Decides the depth of each token."""
+    """Decides the depth of each token.
+
+    Attributes:
+        lossless: whether tokens are those of the full depth.
+    """
+
+    lossless: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, model: Decodable) -> None:
@@ -108,3 +114,8 @@ def check_full_depth(policy: Policy, model: Decodable) -> None:
             f"Exit policy {policy} runs the full depth, but only blocks 1..{model.num_blocks} were loaded.",
             hint="Load the whole backbone (depth=None), or use an always:l policy.",
         )
+
+
+def listed(layers: Sequence[int]) -> str:
+    """Blocks in a message."""
+    return ", ".join(map(str, layers)) or "none"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Runner(ABC):
-    """Run a model token by token; made by :func:`eetrain.decoding.start`.
+    """What runs a model; made by :func:`eetrain.decoding.start`.
 
     Args:
         model: in eval mode.
@@ -55,22 +55,12 @@ class Runner(ABC):
     def prefill(self) -> tuple[Tensor, Tensor]:
         """Run the prompts; return logits ``[B, V]`` and depths ``[B]``."""
 
-    @abstractmethod
-    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed one token a row ``[B]``; return the next logits ``[B, V]`` and the depth of each row ``[B]``."""
-
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only; the others have ended."""
         index = torch.tensor(rows, device=self.ids.device)
         self.ids, self.positions = self.ids[index], self.positions[index]
         self.mask = None if self.mask is None else self.mask[index]
         self.cache.keep(index)
-
-    def _append(self, tokens: Tensor) -> None:
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.ids), 1)], dim=1)
 
     def _harvest(self, window: Window) -> Harvest:
         self.cache.window = window
@@ -82,3 +72,17 @@ class Runner(ABC):
             position_ids=self.positions[rows, slots],
             cache=self.cache,
         )
+
+
+class StepRunner(Runner):
+    """Runs a model token by token, all rows in step."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed one token a row ``[B]``; return the next logits ``[B, V]`` and the depth of each row ``[B]``."""
+
+    def _append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], dim=1)
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.ids), 1)], dim=1)

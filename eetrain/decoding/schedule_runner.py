@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from eetrain.decoding.cache import Window
-from eetrain.decoding.runner import Runner
+from eetrain.decoding.runner import StepRunner
 from eetrain.schedules import PROMPT, BlockSchedule
 
 if TYPE_CHECKING:
     from eetrain.exits import MultiExitModel
 
 
-class ScheduleRunner(Runner):
+class ScheduleRunner(StepRunner):
     """Run the blocks a schedule names; the last block's output gives the logits.
 
     Args:

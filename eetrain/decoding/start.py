@@ -11,6 +11,8 @@ from eetrain.decoding.policies import Scheduled, parse_policy
 from eetrain.decoding.policy import ExitPolicy, Policy
 from eetrain.decoding.runner import Runner
 from eetrain.decoding.schedule_runner import ScheduleRunner
+from eetrain.decoding.speculative import Speculative
+from eetrain.decoding.speculative_runner import SpeculativeRunner
 
 if TYPE_CHECKING:
     from eetrain.exits import MultiExitModel
@@ -42,5 +44,7 @@ def start(
     if isinstance(policy, Scheduled):
         schedule = policy.spec.build(model.num_blocks)
         return ScheduleRunner(model, schedule, input_ids, attention_mask, position_ids)
+    if isinstance(policy, Speculative):
+        return SpeculativeRunner(model, policy, input_ids, attention_mask, position_ids)
     assert isinstance(policy, ExitPolicy)
     return ExitRunner(model, policy, input_ids, attention_mask, position_ids)

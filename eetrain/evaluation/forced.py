@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eetrain.decoding import Policy, start
+from eetrain.decoding import Never, Policy, parse_policy, start
+from eetrain.decoding.runner import StepRunner
 from eetrain.evaluation.agreement import precise
 from eetrain.evaluation.batches import left_padded
 from eetrain.evaluation.samples import Sample
@@ -96,7 +97,8 @@ def _batch(model: MultiExitModel, policy: str | Policy, rows: Sequence[_Row], pa
     sums = [0.0] * len(rows)
     running, place = list(range(len(rows))), 0
     with torch.inference_mode():
-        run = start(model, policy, ids, attention_mask=mask, position_ids=positions)
+        run = start(model, _fed(policy), ids, attention_mask=mask, position_ids=positions)
+        assert isinstance(run, StepRunner)
         logits_BV, _ = run.prefill()
         while True:
             tokens = torch.tensor([rows[row].given[place] for row in running], device=model.device)
@@ -110,6 +112,12 @@ def _batch(model: MultiExitModel, policy: str | Policy, rows: Sequence[_Row], pa
                 run.keep(going)
                 running, tokens = [running[at] for at in going], tokens[going]
             logits_BV, _ = run.step(tokens)
+
+
+def _fed(policy: str | Policy) -> Policy:
+    """The policy for given tokens: one that loses nothing gives them the full depth's likelihood."""
+    given = parse_policy(policy)
+    return Never() if given.lossless else given
 
 
 def _nll(logits_BV: Tensor, tokens_B: Tensor) -> list[float]:
