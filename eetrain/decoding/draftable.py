@@ -11,12 +11,14 @@ Shape suffixes: ``B`` rows, ``W`` positions of a window, ``M`` positions taken t
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from eetrain.errors import ConfigError
 
@@ -55,16 +57,18 @@ class DraftScores:
 
     Args:
         processors: transformers' list.
+        num_rows: of the batch.
 
     Raises:
         ConfigError: one of them cannot be applied to a draft.
     """
 
-    def __init__(self, processors: Sequence[Any]) -> None:
+    def __init__(self, processors: Sequence[Any], num_rows: int) -> None:
         for processor in processors:
             _check(processor)
         names = {type(processor).__name__ for processor in processors}
         self._processors: Any = processors
+        self._of_row = [_for_row(processors, row) for row in range(num_rows)]
         self._idle = not names
         self._by_text = bool(names - _BY_SCORES - _BY_LENGTH)
         self._by_length = bool(names & _BY_LENGTH)
@@ -92,8 +96,23 @@ class DraftScores:
         for members in groups.values():
             row_M, place_M = torch.tensor(members, device=ids_BN.device).unbind(1)
             text_MN = ids_BN[row_M, : first[members[0][0]] + members[0][1] + 1]
-            scores_BWV[row_M, place_M] = self._processors(text_MN, scores_BWV[row_M, place_M])
+            process = self._of_row[members[0][0]] if self._by_text else self._processors
+            scores_BWV[row_M, place_M] = process(text_MN, scores_BWV[row_M, place_M])
         return scores_BWV
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self._of_row = [self._of_row[row] for row in rows]
+
+
+def _for_row(processors: Sequence[Any], row: int) -> LogitsProcessorList:
+    """The processors for one row: a repetition penalty knows how much padding each row of the batch has."""
+    own = LogitsProcessorList(copy.copy(processor) for processor in processors)
+    for processor in own:
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(padding, Tensor):
+            processor.prompt_ignore_length = padding[row : row + 1]
+    return own
 
 
 def _check(processor: Any) -> None:

@@ -33,7 +33,7 @@ def decode_speculatively(
     Raises:
         ConfigError: a logits processor cannot be applied to drafts.
     """
-    runner.scores = DraftScores(logits_processor)
+    runner.scores = DraftScores(logits_processor, len(input_ids))
     runner.samples = bool(generation_config.do_sample)
     pad = generation_config._pad_token_tensor
     transcript = Transcript(input_ids, stopping_criteria, 0 if pad is None else int(pad), streamer)

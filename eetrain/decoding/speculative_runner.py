@@ -94,7 +94,7 @@ class SpeculativeRunner(Runner):
         self.stop = policy.memory.stop
         self.ends: Collection[int] = ()
         self.samples = False
-        self.scores = DraftScores([])
+        self.scores = DraftScores([], rows)
         self.speculation = Speculation()
 
     def prefill(self) -> tuple[Tensor, Tensor]:
@@ -145,6 +145,7 @@ class SpeculativeRunner(Runner):
         self.visible, self._offset_B1 = self.visible[index], self._offset_B1[index]
         self.complete = [self.complete[row] for row in rows]
         self.newest = [self.newest[row] for row in rows]
+        self.scores.keep(rows)
 
     def reserve(self, slots: int) -> None:
         """Make room for tokens up to slot ``slots``."""

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from eetrain import ExitConfig, MultiExitModel
 from eetrain.backbones import Harvester
@@ -38,13 +39,13 @@ def backbone(family: str):
     return tiny_model(family, dtype=dtype_of(family), eos_token_id=None)
 
 
-def perturb(module: nn.Module, seed: int = 5) -> None:
+def perturb(module: nn.Module, seed: int = 5, scale: float = 0.2) -> None:
     """Move parameters away from their start, where heads of their own equal the backbone's."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((0.2 * noise).to(parameter.dtype))
+            parameter.add_((scale * noise).to(parameter.dtype))
 
 
 @cache
@@ -189,3 +190,14 @@ def emitted(logits: dict[int, torch.Tensor], depth_BS: torch.Tensor) -> torch.Te
     for layer, values in logits.items():
         picked = torch.where((depth_BS == layer)[..., None], values, picked)
     return picked
+
+
+@torch.no_grad()
+def full_cache(model, data: Sequences) -> DynamicCache:
+    """Keys and values of one forward of transformers over all ids; without a config no layer of it slides."""
+    cache = DynamicCache()
+    kwargs = {"past_key_values": cache, "use_cache": True}
+    if model.anatomy.takes_position_ids:
+        kwargs["position_ids"] = data.positions_BT
+    model.causal_lm(data.ids_BT, attention_mask=data.mask_BT, **kwargs)
+    return cache

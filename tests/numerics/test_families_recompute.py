@@ -12,13 +12,13 @@ from families_support import (
     drive,
     emitted,
     expected_depths,
+    full_cache,
     mixed,
     mixing_threshold,
     multi_exit,
     sequences,
     teacher_forced,
 )
-from transformers import DynamicCache
 
 from eetrain import ExitConfig, MultiExitModel
 from eetrain.decoding import Threshold
@@ -67,17 +67,6 @@ def test_many_and_few_early_tokens(quantile):
 
 def real(data: Sequences, stop: int) -> torch.Tensor:
     return data.mask_BT[:, :stop].bool()
-
-
-@torch.no_grad()
-def full_cache(model, data: Sequences) -> DynamicCache:
-    """Keys and values of one forward of transformers over all ids; without a config no layer of it slides."""
-    cache = DynamicCache()
-    kwargs = {"past_key_values": cache, "use_cache": True}
-    if model.anatomy.takes_position_ids:
-        kwargs["position_ids"] = data.positions_BT
-    model.causal_lm(data.ids_BT, attention_mask=data.mask_BT, **kwargs)
-    return cache
 
 
 class CacheCheck:
