@@ -85,7 +85,7 @@ def spell(name: str, thing: Any, value: str | None) -> str:
     parts = [
         f"{field.name}={_shown(getattr(thing, field.name))}"
         for field in fields(thing)
-        if field.init and field.name != value and getattr(thing, field.name) != field.default
+        if field.name != value and getattr(thing, field.name) != field.default
     ]
     if value is not None:
         parts.insert(0, _shown(getattr(thing, value)))

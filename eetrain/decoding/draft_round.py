@@ -54,7 +54,7 @@ class DraftRound:
         room: how many tokens each row may gain.
 
     Attributes:
-        sources: of each row, for every token it has gained, the block whose head chose it.
+        drafted_by: of each row, for every token it has gained, the exit that drafted it, 0 for the full depth's own.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DraftRound:
     ) -> None:
         self.runner, self.lengths = runner, tuple(lengths)
         self.levels = DraftLevels(runner, exits, 1 + sum(length + 1 for length in lengths))
-        self.sources: list[list[int]] = [[] for _ in room]
+        self.drafted_by: list[list[int]] = [[] for _ in room]
         self._confidences: list[list[float]] = [[] for _ in room]
         # The full depth adds a token of its own, so one less is drafted.
         self._most = [slots + max(1, tokens) for slots, tokens in zip(self.levels.base, room, strict=True)]
@@ -76,7 +76,7 @@ class DraftRound:
 
     def verify(self) -> Judgement:
         """Run the remaining blocks over what was drafted; keep what stands and one token more."""
-        judgement = self._judge(len(self.lengths), set(range(len(self.sources))))
+        judgement = self._judge(len(self.lengths), set(range(len(self.drafted_by))))
         self.runner.complete = [known - 1 for known in self.levels.known]
         return judgement
 
@@ -152,7 +152,7 @@ class DraftRound:
     def _stops(self, scores_BWV: Tensor, rows: set[int]) -> set[int]:
         """Rows whose draft ends here: their exit is not sure enough, and its choice is not used."""
         stop = self.runner.stop
-        sure = [1.0] * len(self.sources)
+        sure = [1.0] * len(self.drafted_by)
         if stop.asks_confidence:
             scores_BV = scores_BWV[:, 0]
             sure = torch.exp(scores_BV.amax(dim=-1) - scores_BV.logsumexp(dim=-1)).tolist()
@@ -176,7 +176,7 @@ class DraftRound:
         levels, runner = self.levels, self.runner
         slots = [
             advance.first[row] + accepted[row] + 1 if row in rows else levels.known[row]
-            for row in range(len(self.sources))
+            for row in range(len(self.drafted_by))
         ]
         # Rows that stay as they are get a token behind their end, where nobody looks.
         place_B1 = torch.tensor(slots, device=runner.ids.device)[:, None]
@@ -186,4 +186,5 @@ class DraftRound:
             levels.put(row, slots[row] + 1, level)
             runner.newest[row] = tokens[row]
             gained = slots[row] - levels.base[row] - 1
-            self.sources[row] = [*self.sources[row][:gained], levels.depths[level]]
+            own = levels.depths[level] if level < len(self.lengths) else 0
+            self.drafted_by[row] = [*self.drafted_by[row][:gained], own]

@@ -24,11 +24,14 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
         exit_trace: depth of every generated token, ``[B, new]``; 0 after a row's end.
         block_calls: blocks times positions computed after the prompt, repair and rejected drafts included.
         speculation: what drafting came to, under a speculative policy.
+        draft_trace: the exit that drafted each token, ``[B, new]``, 0 for those from the full depth; under a
+            speculative policy, where every token has run all blocks.
     """
 
     exit_trace: Tensor | None = None
     block_calls: int | None = None
     speculation: Speculation | None = None
+    draft_trace: Tensor | None = None
 
 
 def decode(

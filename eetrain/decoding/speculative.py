@@ -6,7 +6,9 @@ head, batches, and several exits in a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from eetrain.decoding.draft_stop import DraftStop, build_stop, check_stop
 from eetrain.decoding.draft_tuning import DraftTuner
@@ -51,7 +53,7 @@ class Speculation:
 
 
 class Memory:
-    """What a policy object has learned over the calls it was used in.
+    """What decoding has learned of a model under a policy, over all calls.
 
     Args:
         stop: of the policy.
@@ -81,7 +83,6 @@ class Speculative(Policy):
     exit: Exits = AUTO
     draft: tuple[int, ...] = (4,)
     stop: float | str | None = None
-    memory: Memory = field(init=False, compare=False, repr=False)
     lossless = True
 
     def __post_init__(self) -> None:
@@ -100,7 +101,6 @@ class Speculative(Policy):
                 f"Exit policy {self} has {len(self.draft)} draft lengths.",
                 hint="Give one for all exits, or one for each.",
             )
-        object.__setattr__(self, "memory", Memory(self.stop, self.draft[0]))
 
     def lengths(self, exits: tuple[int, ...]) -> tuple[int, ...]:
         """The draft length of each exit."""
@@ -129,6 +129,17 @@ class Speculative(Policy):
 
     def __str__(self) -> str:
         return spell("speculative", self, None)
+
+
+_MEMORIES: WeakKeyDictionary[Any, dict[Speculative, Memory]] = WeakKeyDictionary()
+
+
+def memory_of(model: Any, policy: Speculative) -> Memory:
+    """What decoding ``model`` under ``policy`` has learned so far; forgotten with the model."""
+    memories = _MEMORIES.setdefault(model, {})
+    if policy not in memories:
+        memories[policy] = Memory(policy.stop, policy.draft[0])
+    return memories[policy]
 
 
 def parse_exits(text: str) -> Exits:

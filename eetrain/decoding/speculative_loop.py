@@ -27,8 +27,7 @@ def decode_speculatively(
 ) -> Tensor | EarlyExitOutput:
     """Decode until all rows have ended; arguments and result are those of :func:`eetrain.decoding.loop.decode`.
 
-    Stopping criteria see one row at a time, and no scores. The trace of depths has for a draft that stood the exit it
-    came from, for other tokens all blocks.
+    Stopping criteria see one row at a time, and no scores.
 
     Raises:
         ConfigError: a logits processor cannot be applied to drafts.
@@ -36,19 +35,21 @@ def decode_speculatively(
     runner.scores = DraftScores(logits_processor, len(input_ids))
     runner.samples = bool(generation_config.do_sample)
     pad = generation_config._pad_token_tensor
-    transcript = Transcript(input_ids, stopping_criteria, 0 if pad is None else int(pad), streamer)
+    fill = 0 if pad is None else int(pad)
+    transcript = Transcript(input_ids, stopping_criteria, fill, runner.model.num_blocks, streamer)
     runner.ends = transcript.end_tokens
     record = _Record(generation_config, len(input_ids))
     with torch.inference_mode():
         _decode(runner, transcript, record)
-        sequences, depths = transcript.finish()
+        sequences, drafted_by, made = transcript.finish()
         result: Tensor | EarlyExitOutput = sequences
         if generation_config.return_dict_in_generate:
             result = EarlyExitOutput(
                 sequences=sequences,
                 scores=record.columns(record.scores, transcript.longest),
                 logits=record.columns(record.logits, transcript.longest),
-                exit_trace=depths,
+                exit_trace=made * runner.model.num_blocks,
+                draft_trace=drafted_by,
                 block_calls=runner.block_calls,
                 speculation=runner.speculation,
             )
@@ -67,13 +68,13 @@ def _decode(runner: SpeculativeRunner, transcript: Transcript, record: _Record) 
 
 def _first(runner: SpeculativeRunner) -> Gained:
     """The prompt's pass and the token it predicts."""
-    logits_BV, depth = runner.prefill()
+    logits_BV, _ = runner.prefill()
     logits_B1V = logits_BV[:, None]
     scores_B1V = runner.scores(logits_B1V, runner.ids, [runner.prompt_slots - 1] * len(logits_BV))
     scores_BV = scores_B1V[:, 0]
     runner.feed(draw(scores_BV.softmax(dim=-1)) if runner.samples else scores_BV.argmax(dim=-1))
-    sources = [[layer] for layer in depth.tolist()]
-    return Gained([1] * len(sources), sources, logits_B1V, scores_B1V)
+    rows = len(logits_BV)
+    return Gained([1] * rows, [[0]] * rows, logits_B1V, scores_B1V)
 
 
 def _add(transcript: Transcript, record: _Record, rows: list[int], gained: Gained, runner: SpeculativeRunner) -> None:
@@ -81,7 +82,7 @@ def _add(transcript: Transcript, record: _Record, rows: list[int], gained: Gaine
     for place, row in enumerate(rows):
         count, end = gained.counts[place], runner.complete[place] + 1
         tokens = runner.ids[place, end - count : end].tolist()
-        taken = transcript.add(row, tokens, gained.sources[place])
+        taken = transcript.add(row, tokens, gained.drafted_by[place])
         record.add(row, gained, place, taken)
     transcript.stream()
 

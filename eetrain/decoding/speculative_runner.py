@@ -23,7 +23,7 @@ from eetrain.decoding.draft_levels import Advance
 from eetrain.decoding.draft_round import DraftRound
 from eetrain.decoding.draftable import DraftScores
 from eetrain.decoding.runner import Runner
-from eetrain.decoding.speculative import AUTO, Speculation, Speculative
+from eetrain.decoding.speculative import AUTO, Speculation, Speculative, memory_of
 from eetrain.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ class Gained:
 
     Attributes:
         counts: new tokens of each row, at least 1.
-        sources: of each row, for every new token, the block whose head proposed it: an exit's for a draft that stood.
+        drafted_by: of each row, for every new token, the exit that drafted it, 0 for the full depth's own.
         logits_BWV: raw logits that the new tokens are greedy in, or drawn by; rows are filled up.
         scores_BWV: the same, processed.
     """
 
     counts: list[int]
-    sources: list[list[int]]
+    drafted_by: list[list[int]]
     logits_BWV: Tensor
     scores_BWV: Tensor
 
@@ -91,7 +91,8 @@ class SpeculativeRunner(Runner):
         self.visible = input_ids.new_ones(rows, slots).bool() if attention_mask is None else attention_mask.bool()
         self._offset_B1 = self.positions[:, -1:] - (slots - 1)
         self._harvesters = {model.num_blocks: self.harvester}
-        self.stop = policy.memory.stop
+        self.memory = memory_of(model, policy)
+        self.stop = self.memory.stop
         self.ends: Collection[int] = ()
         self.samples = False
         self.scores = DraftScores([], rows)
@@ -131,12 +132,10 @@ class SpeculativeRunner(Runner):
         judged = [min(stood + 1, all_) for stood, all_ in zip(judgement.accepted, judgement.drafted, strict=True)]
         if self.policy.exit == AUTO:
             seconds = drafted - began, perf_counter() - drafted
-            self.policy.memory.tuner.observe(
-                exits[0], max(judgement.drafted), seconds, sum(judged), sum(judgement.accepted)
-            )
+            self.memory.tuner.observe(exits[0], max(judgement.drafted), seconds, sum(judged), sum(judgement.accepted))
         self.speculation += Speculation(1, len(room), sum(judgement.drafted), sum(judged), sum(judgement.accepted))
         counts = [now - then for now, then in zip(self.complete, before, strict=True)]
-        return Gained(counts, drafts.sources, judgement.logits_BWV, judgement.scores_BWV)
+        return Gained(counts, drafts.drafted_by, judgement.logits_BWV, judgement.scores_BWV)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only; the others have ended."""
@@ -186,7 +185,7 @@ class SpeculativeRunner(Runner):
 
     def _plan(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if isinstance(self.policy.exit, str):
-            layer, length = self.policy.memory.tuner.choose(self.policy.candidates(self.model))
+            layer, length = self.memory.tuner.choose(self.policy.candidates(self.model))
             return (layer,), (length,)
         return self.policy.exit, self.policy.lengths(self.policy.exit)
 

@@ -68,10 +68,12 @@ def test_tokens_scores_and_logits_are_those_of_the_loop_token_by_token(model, op
 
 def test_the_trace_says_where_tokens_come_from(model):
     _, got = both(model)
-    depths = got.exit_trace
-    assert set(depths.unique().tolist()) == {2, 4}
-    assert int((depths[:, 1:] == 2).sum()) <= got.speculation.accepted
-    assert (depths[:, 0] == 4).all(), "the prompt's pass gives the first token"
+    assert set(got.exit_trace.unique().tolist()) == {4}, "whatever drafted it, a token has run all blocks"
+    assert set(got.draft_trace.unique().tolist()) == {0, 2}
+    assert 0 < int((got.draft_trace == 2).sum()) <= got.speculation.accepted
+    assert (got.draft_trace[:, 0] == 0).all(), "the prompt's pass gives the first token"
+    cascade = decoded(model, "speculative:exit=1+3,draft=2+4", ROWS)
+    assert set(cascade.draft_trace.unique().tolist()) == {0, 1, 3}
 
 
 def test_counts(model):
@@ -109,7 +111,8 @@ def test_a_streamer_sees_what_it_sees_token_by_token(model, ends):
     assert len(ours.values) == len(theirs.values)
     assert all(torch.equal(one, two) for one, two in zip(ours.values, theirs.values, strict=True))
     assert ours.ended == theirs.ended == 1
-    assert torch.equal(torch.stack(ours.depths, 1), got.exit_trace)
+    chosen = torch.where(got.draft_trace > 0, got.draft_trace, got.exit_trace)
+    assert torch.equal(torch.stack(ours.depths, 1), chosen)
 
 
 class StopOn(StoppingCriteria):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 
 from eetrain.decoding.draft_stop import CalibratedStop, ConfidenceStop, FixedLength, ThompsonStop, build_stop
-from eetrain.decoding.speculative import Speculative
+from eetrain.decoding.speculative import Speculative, memory_of
 from eetrain.errors import ConfigError
 
 CAP = 8
@@ -103,7 +105,17 @@ def test_bad_rules(stop):
     assert "thompson, calibrated" in caught.value.hint
 
 
-def test_a_policy_object_remembers_over_calls():
-    policy = Speculative((3,), stop="thompson")
-    assert policy.memory.stop is policy.memory.stop
-    assert Speculative((3,), stop="thompson").memory is not policy.memory
+class Model:
+    """Anything that can be forgotten."""
+
+
+def test_what_was_learned_is_kept_by_model_and_policy():
+    one, other = Model(), Model()
+    memory = memory_of(one, Speculative((3,), stop="thompson"))
+    assert memory_of(one, Speculative((3,), stop="thompson")) is memory
+    assert memory_of(one, Speculative((2,), stop="thompson")) is not memory
+    assert memory_of(other, Speculative((3,), stop="thompson")) is not memory
+    gone = weakref.ref(memory)
+    del one, memory
+    gc.collect()
+    assert gone() is None
