@@ -179,7 +179,10 @@ def write(
         writer.writeheader()
         writer.writerows(rows)
     name = args.name or Path(args.model).name
-    draw_map(rows, folder / "sweep.png", f"{name}, {model.num_blocks} blocks; times the speed of the full depth", where)
+    title = (
+        f"{name}, {model.num_blocks} blocks: times the speed of the full depth, and how many judged drafts were right"
+    )
+    draw_map(rows, folder / "sweep.png", title, where)
 
 
 def report(rows: Sequence[dict[str, Any]], unavailable: dict[str, str]) -> None:

@@ -49,7 +49,7 @@ def _panel(
     norm: TwoSlopeNorm,
 ) -> Any:
     values = np.array([[cells[layer, draft]["over_never"] for draft in drafts] for layer in exits])
-    image = panel.imshow(values, cmap="RdYlGn", norm=norm, aspect="auto", origin="lower", alpha=0.85)
+    image = panel.imshow(values, cmap="RdBu", norm=norm, aspect="auto", origin="lower")
     panel.set_xticks(range(len(drafts)), [str(draft) for draft in drafts], fontsize=11)
     panel.set_yticks(range(len(exits)), [str(layer) for layer in exits], fontsize=11)
     panel.set_xlabel("drafts a round", fontsize=12)
@@ -57,5 +57,7 @@ def _panel(
         for x, draft in enumerate(drafts):
             row = cells[layer, draft]
             accepted = "" if row["acceptance"] is None else f"\n{row['acceptance']:.0%} right"
-            panel.text(x, y, f"{row['over_never']:.2f}{accepted}", ha="center", va="center", fontsize=10)
+            text = f"{row['over_never']:.2f}{accepted}"
+            dark = abs(norm(row["over_never"]) - 0.5) > 0.3
+            panel.text(x, y, text, ha="center", va="center", fontsize=10, color="white" if dark else "black")
     return image
