@@ -117,7 +117,7 @@ def measured_costs(
     is taken to be spent once a round as well."""
     workload = setting.workload
     parts = Parts(model, workload.batch_size, workload.prompt_length + args.new_tokens // 2)
-    widths = sorted({1, *(draft + 1 for draft in drafts)})
+    widths = [draft + 1 for draft in drafts]
     early, full, tail = parts.blocks(1, layer, 1), parts.blocks(1, model.num_blocks, 1), parts.tail(1)
     named: dict[str, Callable[[], object]] = {
         "early": lambda: (parts.harvest(1), early()),
