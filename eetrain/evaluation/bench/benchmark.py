@@ -187,7 +187,10 @@ def _first_runs(
     if "static" in baselines:
         attempt("static", partial(static_baseline, model))
     if "assistant" in baselines:
-        for name, (layer, draft) in _assistants(model, policies).items():
+        assistants = _assistants(model, policies)
+        if not assistants:
+            unavailable["assistant"] = "the model has no exits to draft at"
+        for name, (layer, draft) in assistants.items():
             attempt(name, partial(assistant_baseline, model, layer, draft, workload.batch_size))
     for policy in policies.values():
         drafting = _drafting(model, policy)

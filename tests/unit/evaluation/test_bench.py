@@ -312,6 +312,12 @@ def test_where_there_is_no_assistant_the_reason_is_told(
     assert settings_of(model) == before
 
 
+def test_without_exits_there_is_nothing_to_assist_with() -> None:
+    settings = BenchSettings(("never",), 4, 1, ("assistant",))
+    (setting,) = run_benchmark(small(layers=()), [prompts(1)], settings).measured
+    assert setting.unavailable == {"assistant": "the model has no exits to draft at"}
+
+
 def test_a_speculative_policy_meets_its_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Speculates(2.0)
     monkeypatch.setattr(benchmark, "parse_policy", lambda text: policy if text == str(policy) else parse_policy(text))
