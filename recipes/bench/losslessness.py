@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--reference", default="never", help="a policy, or transformers")
-    parser.add_argument("--exits", default="", help="of a model that has none yet, such as 3,6")
+    parser.add_argument("--exits", default="", help="such as 3,6, where the model lacks some")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--new_tokens", type=int, default=64, help="of each row, at most")
     parser.add_argument("--gap", type=float, default=1e-4, help="in logits; less is rounding")

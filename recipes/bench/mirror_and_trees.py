@@ -205,6 +205,11 @@ def report(result: dict[str, Any]) -> None:
         for gamma, row in chances.items():
             shares = ", ".join(f"{name.replace('_', ' ')} {share:.3f}" for name, share in row.items())
             print(f"exit {layer}, {gamma} drafts: {shares}")
+    for layer, cost in result["costs"].items():
+        chain = {name: round(1000 * seconds, 3) for name, seconds in cost["chain"].items()}
+        verified = ", ".join(f"{width}: {1000 * seconds:.3f}" for width, seconds in cost["verified"].items())
+        print(f"exit {layer}, ms: {chain}; a further early position {1000 * cost['early_more']:.3f}, ", end="")
+        print(f"in the head {1000 * cost['head_more']:.3f}; positions verified {verified}")
     print("\nMirror: exit  guess at  gamma  kappa  branches  hits  head ms  rest  branches  redraft  step  speed-up")
     keys = ("head_ms", "rest_ms", "branches_ms", "redraft_ms", "step_ms", "speedup")
     for row in result["mirror"]:

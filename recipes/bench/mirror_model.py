@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from eetrain.evaluation.speed_model import RoundCosts
@@ -196,11 +196,13 @@ class TreeCosts:
         chain: those of the chain.
         early_more: a further position in an early step.
         head_more: a further position in an exit's head.
+        verified: positions -> measured time of their verification, to which the chain's line was fitted.
     """
 
     chain: RoundCosts
     early_more: float
     head_more: float
+    verified: dict[int, float] = field(default_factory=dict)
 
     def round(self, gamma: int, tree: Tree, depth: float = 0.0) -> float:
         """Of one round; masks for the tree are taken to cost nothing.

@@ -56,8 +56,10 @@ def tree_costs(model: MultiExitModel, layer: int, gammas: Sequence[int], context
     found = medians(named | verification(parts, layer, widths), repeats)
     _, early_more = line({width: found[f"early {width}"] for width in few})
     _, head_more = line({width: found[f"head {width}"] for width in few})
-    verify, more = line({width: found[f"verify {layer} {width}"] for width in widths})
-    return TreeCosts(RoundCosts(found["early 1"], found["head 1"], verify, more, found["full"]), early_more, head_more)
+    verified = {width: found[f"verify {layer} {width}"] for width in widths}
+    verify, more = line(verified)
+    chain = RoundCosts(found["early 1"], found["head 1"], verify, more, found["full"])
+    return TreeCosts(chain, early_more, head_more, verified)
 
 
 def early_step(parts: Parts, layer: int, positions: int) -> Callable[[], object]:

@@ -23,9 +23,9 @@ def load(monkeypatch, name):
     return importlib.import_module(name)
 
 
-def write_tied(folder, layers=(1, 3), dtype=torch.float64, **changes):
-    backbone = tiny_model("llama", vocab_size=VOCABULARY, dtype=dtype, **changes)
-    model = MultiExitModel(backbone, ExitConfig(list(layers), head="tied")).eval()
+def write_tied(folder, layers=(1, 3), dtype=torch.float64, head="tied"):
+    backbone = tiny_model("llama", vocab_size=VOCABULARY, dtype=dtype)
+    model = MultiExitModel(backbone, ExitConfig(list(layers), head=head)).eval()
     model.save_pretrained(folder, tokenizer=small_tokenizer())
     return model
 

@@ -1,11 +1,15 @@
 """The script that looks for differences: none where there is none, all of them where a policy loses something."""
 
+import argparse
 import json
+import sys
 
 import pytest
 import torch
 from recipe_scripts import ROWS, load, run, write_tied
 from small_checkpoint import small_tokenizer
+
+from eetrain.errors import ConfigError
 
 
 @pytest.fixture
@@ -77,3 +81,21 @@ def test_texts_of_unequal_length_differ_for_certain(script, tmp_path):
     assert script.until_end(torch.tensor([5, 2, 0, 0]), 2) == [5, 2]
     assert script.until_end(torch.tensor([5, 2, 0, 0]), [0, 9]) == [5, 2, 0]
     assert script.until_end(torch.tensor([5, 2]), None) == [5, 2]
+
+
+def test_tied_exits_that_lack_are_added_and_others_refused(script, tmp_path, monkeypatch):
+    write_tied(tmp_path / "model", layers=(1,))
+    flags = ["--policy", "always:3", "--exits", "3", "--new_tokens", 4]
+    assert run(monkeypatch, script, tmp_path, *flags) in (0, 1)
+    module = sys.modules["checkpoint_and_prompts"]
+    flags = ["model", "--data", str(tmp_path / "data.csv"), "--prompt", "{mr}", "--response", "{ref}"]
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    args = parser.parse_args(flags)
+    assert module.opened(args, [3])[0].exit_layers == (1, 3)
+    assert module.opened(args, [])[0].exit_layers == (1,)
+    write_tied(tmp_path / "model", layers=(1,), head="norm")
+    assert module.opened(args, [1])[0].exit_layers == (1,)
+    with pytest.raises(ConfigError, match=r"no exit after block 3, and its heads are of kind norm\. HINT: .* blocks 1"):
+        module.opened(args, [1, 3])
