@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from statistics import mean
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from eetrain.evaluation.speed_model import RoundCosts
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 Grid = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]
 """Draft exits, guess exits, gammas, kappas."""
+Times = dict[str, float]
 
 
 @contextmanager
@@ -32,34 +32,61 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def faster_threads(
-    model: MultiExitModel, exits: Sequence[int], gammas: Sequence[int], context: int, repeats: int
-) -> tuple[int, dict[int, TreeCosts]]:
-    """One thread or all that torch has: which decodes the full depth faster, and the costs with it."""
-    found = {}
-    for number in sorted({1, torch.get_num_threads()}):
-        with threads(number):
-            found[number] = {layer: tree_costs(model, layer, gammas, context, repeats) for layer in exits}
-    return min(found.items(), key=lambda item: mean(cost.chain.full for cost in item[1].values()))
+def all_times(model: MultiExitModel, grid: Grid, context: int, repeats: int) -> dict[int, Times]:
+    """Threads -> parts: those of chains and trees with one thread and with all, those of Mirror with one.
+
+    They all take turns, so that what slows the machine down for a while changes no ratio.
+    """
+    everything = max(1, torch.get_num_threads())
+    chains = {"full": full_step(Parts(model, 1, context))} | chain_parts(model, grid, context)
+    one = chains | draft_parts(model, grid, context) | target_parts(model, grid, context)
+    named: dict[Any, Callable[[], object]] = {(1, name): on(1, run) for name, run in one.items()}
+    named |= {(everything, name): on(everything, run) for name, run in chains.items() if everything > 1}
+    with threads(everything):
+        found = medians(named, repeats)
+    return {n: {name: found[m, name] for m, name in found if m == n} for n in sorted({1, everything})}
 
 
-def tree_costs(model: MultiExitModel, layer: int, gammas: Sequence[int], context: int, repeats: int) -> TreeCosts:
-    """With the threads torch has now; verification up to the positions of the largest trees."""
+def on(number: int, run: Callable[[], object]) -> Callable[[], object]:
+    def with_threads() -> object:
+        torch.set_num_threads(number)
+        return run()
+
+    return with_threads
+
+
+def full_step(parts: Parts) -> Callable[[], object]:
+    blocks, tail = parts.blocks(1, parts.model.num_blocks, 1), parts.tail(1)
+    return lambda: (parts.harvest(1), blocks(), tail())
+
+
+FEW = (1, 2, 4)
+"""Positions of an early step, for what a further one costs."""
+
+
+def widths_of(gammas: Sequence[int]) -> list[int]:
+    """Positions to verify, up to those of the largest trees."""
+    return sorted({gamma + 1 for gamma in gammas} | {2 * max(gammas) + 1})
+
+
+def chain_parts(model: MultiExitModel, grid: Grid, context: int) -> dict[str, Callable[[], object]]:
     parts = Parts(model, 1, context)
     named: dict[str, Callable[[], object]] = {}
-    few, widths = (1, 2, 4), sorted({gamma + 1 for gamma in gammas} | {2 * max(gammas) + 1})
-    for width in few:
-        named[f"early {width}"] = early_step(parts, layer, width)
-        named[f"head {width}"] = parts.head(layer, width)
-    blocks, tail = parts.blocks(1, model.num_blocks, 1), parts.tail(1)
-    named["full"] = lambda: (parts.harvest(1), blocks(), tail())
-    found = medians(named | verification(parts, layer, widths), repeats)
-    _, early_more = line({width: found[f"early {width}"] for width in few})
-    _, head_more = line({width: found[f"head {width}"] for width in few})
-    verified = {width: found[f"verify {layer} {width}"] for width in widths}
+    for layer in grid[0]:
+        for width in FEW:
+            named[f"early {layer} {width}"] = early_step(parts, layer, width)
+            named[f"head {layer} {width}"] = parts.head(layer, width)
+        named |= verification(parts, layer, widths_of(grid[2]))
+    return named
+
+
+def tree_costs(found: Times, layer: int, gammas: Sequence[int]) -> TreeCosts:
+    early, head = ({width: found[f"{name} {layer} {width}"] for width in FEW} for name in ("early", "head"))
+    verified = {width: found[f"verify {layer} {width}"] for width in widths_of(gammas)}
     verify, more = line(verified)
-    chain = RoundCosts(found["early 1"], found["head 1"], verify, more, found["full"])
-    return TreeCosts(chain, early_more, head_more, verified)
+    return TreeCosts(
+        RoundCosts(early[1], head[1], verify, more, found["full"]), line(early)[1], line(head)[1], verified
+    )
 
 
 def early_step(parts: Parts, layer: int, positions: int) -> Callable[[], object]:
@@ -67,28 +94,32 @@ def early_step(parts: Parts, layer: int, positions: int) -> Callable[[], object]
     return lambda: (parts.harvest(positions), blocks())
 
 
-def draft_times(model: MultiExitModel, layer: int, context: int, repeats: int) -> list[dict[int, float]]:
-    """Rows of a batch -> time of an early step, and of its head."""
+def draft_parts(model: MultiExitModel, grid: Grid, context: int) -> dict[str, Callable[[], object]]:
+    """An early step, and its head, on several rows of a batch."""
     named: dict[str, Callable[[], object]] = {}
     for rows in ROWS:
         parts = Parts(model, rows, context)
-        named[f"early {rows}"], named[f"head {rows}"] = early_step(parts, layer, 1), parts.head(layer)
-    found = medians(named, repeats)
-    return [{rows: found[f"{name} {rows}"] for rows in ROWS} for name in ("early", "head")]
+        for layer in grid[0]:
+            named[f"draft {layer} {rows}"] = early_step(parts, layer, 1)
+            named[f"draft head {layer} {rows}"] = parts.head(layer)
+    return named
 
 
-def target_times(model: MultiExitModel, grid: Grid, context: int, repeats: int) -> dict[Any, list[float]]:
-    """(Draft exit, guess exit, gamma) -> time of what runs up to the guesses, and after them."""
+def draft_times(found: Times, layer: int) -> list[dict[int, float]]:
+    """Rows -> time of an early step, and of its head."""
+    return [{rows: found[f"{name} {layer} {rows}"] for rows in ROWS} for name in ("draft", "draft head")]
+
+
+def target_parts(model: MultiExitModel, grid: Grid, context: int) -> dict[str, Callable[[], object]]:
+    """What a target runs up to its guesses, and after them, for every draft exit, guess exit and gamma."""
     parts = Parts(model, 1, context)
     named: dict[str, Callable[[], object]] = {}
-    cells = [cell for cell in itertools.product(*grid[:3]) if cell[1] >= cell[0]]
-    for e, guess, gamma in cells:
-        between_exits, head = parts.blocks(e + 1, guess, gamma + 1), parts.head(guess, gamma + 1)
-        named[f"head {e} {guess} {gamma}"] = target_head(parts, between_exits, head, gamma + 1)
-        rest = verification(parts, guess, [gamma + 1])
-        named[f"rest {e} {guess} {gamma}"] = next(iter(rest.values()))
-    found = medians(named, repeats)
-    return {cell: [found[" ".join(map(str, (name, *cell)))] for name in ("head", "rest")] for cell in cells}
+    for e, guess, gamma in itertools.product(*grid[:3]):
+        if guess >= e:
+            blocks, head = parts.blocks(e + 1, guess, gamma + 1), parts.head(guess, gamma + 1)
+            named[f"target head {e} {guess} {gamma}"] = target_head(parts, blocks, head, gamma + 1)
+            named[f"target rest {e} {guess} {gamma}"] = next(iter(verification(parts, guess, [gamma + 1]).values()))
+    return named
 
 
 def target_head(
