@@ -97,7 +97,7 @@ def candidates_of(
 ) -> tuple[list[Candidate], dict[str, str]]:
     found = [dynamic_baseline(model), policy_candidate(model, parse_policy("never"))]
     unavailable = {}
-    for name, (layer, draft) in assistant_names([Drafting((e,), g) for e, g in grid.values()]).items():
+    for name, (layer, draft) in assistant_names([Drafting((e,), (g,)) for e, g in grid.values()]).items():
         try:
             candidate = assistant_baseline(model, layer, draft, workload.batch_size)
             run_once(candidate, workload, new_tokens, to_the_end=False)

@@ -32,29 +32,30 @@ class Drafting:
 
     Attributes:
         exits: blocks after which it drafts.
-        draft: most tokens of a draft, ``None`` where it sets no fixed number.
+        drafts: for each of them, tokens of a draft, ``None`` where no number is fixed.
     """
 
     exits: tuple[int, ...]
-    draft: int | None
+    drafts: tuple[int | None, ...]
 
 
 def drafting_of(policy: Policy, exit_layers: Sequence[int], num_blocks: int) -> Drafting | None:
     """Exits and draft length of a speculative policy, ``None`` for any other.
 
     Args:
-        policy: with the fields ``exit`` (one block, several, or a choice left to it) and ``draft`` if it speculates.
+        policy: with the fields ``exit`` (blocks, or a choice left to it) and ``draft`` (one length, or one for each) if it
+            speculates.
         exit_layers: of the model; all below the last block stand for a choice left to the policy.
         num_blocks: of the model.
     """
     if str(policy).partition(":")[0] != "speculative":
         return None
-    exits, draft = getattr(policy, "exit", None), getattr(policy, "draft", None)
-    if isinstance(exits, int):
-        exits = (exits,)
+    exits, drafts = getattr(policy, "exit", None), getattr(policy, "draft", None)
     if not isinstance(exits, tuple):
         exits = tuple(layer for layer in exit_layers if layer < num_blocks)
-    return Drafting(exits, draft if isinstance(draft, int) else None)
+        return Drafting(exits, (None,) * len(exits))
+    assert isinstance(drafts, tuple)
+    return Drafting(exits, drafts * len(exits) if len(drafts) == 1 else drafts)
 
 
 def assistant_names(draftings: Sequence[Drafting]) -> dict[str, tuple[int, int | None]]:
@@ -65,10 +66,10 @@ def assistant_names(draftings: Sequence[Drafting]) -> dict[str, tuple[int, int |
     """
     names: dict[str, tuple[int, int | None]] = {}
     for drafting in draftings:
-        for layer in drafting.exits:
+        for layer, draft in zip(drafting.exits, drafting.drafts, strict=True):
             names[f"assistant:{layer}"] = layer, None
-            if drafting.draft is not None:
-                names[f"assistant:{layer},draft={drafting.draft}"] = layer, drafting.draft
+            if draft is not None:
+                names[f"assistant:{layer},draft={draft}"] = layer, draft
     return dict(sorted(names.items(), key=lambda item: (item[1][0], item[1][1] or 0)))
 
 

@@ -205,7 +205,7 @@ def _first_runs(
 def _assistants(model: MultiExitModel, policies: dict[str, Policy]) -> dict[str, tuple[int, int | None]]:
     found = [drafting for drafting in map(partial(_drafting, model), policies.values()) if drafting is not None]
     everywhere = tuple(layer for layer in model.exit_layers if layer < model.num_blocks)
-    return assistant_names(found or [Drafting(everywhere, None)])
+    return assistant_names(found or [Drafting(everywhere, (None,) * len(everywhere))])
 
 
 def _same(run: Run, reference: Run) -> bool:

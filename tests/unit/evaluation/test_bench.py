@@ -218,7 +218,7 @@ class Speculates(Threshold):
     """Full depth under the name of a speculative policy."""
 
     exit: Any = (1,)
-    draft: Any = 2
+    draft: Any = (2,)
 
     def __str__(self) -> str:
         return "speculative:exit=1,draft=2"
@@ -227,9 +227,10 @@ class Speculates(Threshold):
 @pytest.mark.parametrize(
     ("exits", "draft", "wanted"),
     [
-        (2, 4, Drafting((2,), 4)),
-        ((1, 3), 4, Drafting((1, 3), 4)),
-        ("auto", "auto", Drafting((1, 3), None)),
+        ((2,), (4,), Drafting((2,), (4,))),
+        ((1, 3), (4,), Drafting((1, 3), (4, 4))),
+        ((1, 3), (2, 5), Drafting((1, 3), (2, 5))),
+        ("auto", (8,), Drafting((1, 3), (None, None))),
     ],
 )
 def test_what_a_speculative_policy_drafts_with(exits: Any, draft: Any, wanted: Drafting) -> None:
@@ -241,7 +242,7 @@ def test_what_a_speculative_policy_drafts_with(exits: Any, draft: Any, wanted: D
 
 
 def test_names_of_assistants() -> None:
-    drafts = [Drafting((3,), 4), Drafting((1,), None), Drafting((3,), 2), Drafting((3,), 4)]
+    drafts = [Drafting((3,), (4,)), Drafting((1,), (None,)), Drafting((3,), (2,)), Drafting((3,), (4,))]
     assert assistant_names(drafts) == {
         "assistant:1": (1, None),
         "assistant:3": (3, None),
