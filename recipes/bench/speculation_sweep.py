@@ -149,6 +149,8 @@ def row(
     found = bench_row(entry, setting, num_blocks)
     ratios = [full.decode / own.decode for own, full in zip(entry.timings, never.timings, strict=True)]
     counts, own = entry.first.speculation, costs[layer]
+    if found["acceptance"] is None:  # no drafts, or texts that end with the prompt's pass
+        counts = None
     decode = median(timing.decode for timing in entry.timings)
     return {
         "batch_size": setting.workload.batch_size,

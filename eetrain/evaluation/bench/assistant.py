@@ -43,8 +43,8 @@ def drafting_of(policy: Policy, exit_layers: Sequence[int], num_blocks: int) -> 
     """Exits and draft length of a speculative policy, ``None`` for any other.
 
     Args:
-        policy: with the fields ``exit`` (blocks, or a choice left to it) and ``draft`` (one length, or one for each) if it
-            speculates.
+        policy: if it speculates, with the fields ``exit`` (blocks, or a choice left to it) and ``draft`` (one length,
+            or one for each).
         exit_layers: of the model; all below the last block stand for a choice left to the policy.
         num_blocks: of the model.
     """

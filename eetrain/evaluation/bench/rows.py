@@ -7,6 +7,7 @@ and the median of the rounds is reported, so that what slows the machine down fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isnan
 from statistics import median, quantiles
 from typing import Any
 
@@ -110,7 +111,7 @@ def bench_row(entry: Measured, setting: Setting, num_blocks: int) -> dict[str, A
         "mean_depth": depth,
         "blocks_per_token": blocks,
         "predicted_speedup": predicted,
-        **{name: getattr(drafts, name, None) for name in ("acceptance", "tokens_per_round", "rounds")},
+        **{name: _known(getattr(drafts, name, None)) for name in ("acceptance", "tokens_per_round", "rounds")},
         **ratios,
         "cut_to": cut if ratios["over_cut"] is not None else None,
         "assistant": None if assistant is None or assistant is entry else assistant.candidate.name,
@@ -120,6 +121,11 @@ def bench_row(entry: Measured, setting: Setting, num_blocks: int) -> dict[str, A
         "compile_seconds": entry.first.seconds - whole if entry.candidate.kind == "static" else None,
         **_profile(entry.profile),
     }
+
+
+def _known(value: float | None) -> float | None:
+    """``None`` where nothing was judged."""
+    return None if value is None or isnan(value) else value
 
 
 def _depths(entry: Measured, setting: Setting) -> tuple[float, float | None]:

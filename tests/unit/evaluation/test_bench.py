@@ -167,7 +167,7 @@ class Counts:
 
     @property
     def acceptance(self) -> float:
-        return self.accepted / self.judged
+        return self.accepted / self.judged if self.judged else float("nan")
 
     @property
     def tokens_per_round(self) -> float:
@@ -203,6 +203,13 @@ def test_a_speculative_row_beside_assistants() -> None:
     assert (beaten["mean_depth"], beaten["blocks_per_token"], beaten["acceptance"]) == (12, None, None)
     assert beaten["step_ms"] == 1000 * 1 / (10 - 2), "tokens that came with the first are no steps"
     assert (rows["assistant:6"]["assistant"], rows["assistant:6"]["over_assistant"]) == (None, None)
+
+
+def test_an_acceptance_of_nothing_is_unknown() -> None:
+    setting = handmade_setting()
+    run = replace(setting.measured[2].first, speculation=Counts(1, 2, 0, 0, 0))
+    row = bench_row(replace(setting.measured[2], first=run), setting, 12)
+    assert (row["acceptance"], row["tokens_per_round"], row["rounds"]) == (None, 1, 1)
 
 
 def test_all_tokens_in_the_first_round_leave_no_step() -> None:
