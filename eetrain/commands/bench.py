@@ -31,7 +31,7 @@ def bench(
     new_tokens: int = 48,
     repeats: int = 7,
     threads: int | None = None,
-    baselines: str | list[str] = "dynamic,static,cut",
+    baselines: str | list[str] | None = None,
     data: str | list[str] | None = None,
     template: Template | None = None,
     prompt: str | None = None,
@@ -54,7 +54,9 @@ def bench(
         new_tokens: each row decodes exactly so many; the first comes from the prompt's pass.
         repeats: timed rounds, after one that is not timed.
         threads: of torch; its own choice if left out.
-        baselines: of dynamic, static (static cache, compiled) and cut (the backbone cut to a policy's mean depth).
+        baselines: of dynamic, static (static cache, compiled), cut (the backbone cut to a policy's mean depth) and
+            assistant (transformers' assistant_early_exit, batch 1); by default all of them, assistant only with a
+            speculative policy.
         data: take real prompts from these files, patterns or hub:name@config#split; by default ids are random.
         template: how rows become prompts, as for training; plain text gives the first tokens of each document.
         prompt: instead of a template: the prompt with {field} for fields; \n, \t, \\ are newline, tab, backslash.
@@ -69,7 +71,7 @@ def bench(
         trust_remote_code: run code that comes with the checkpoint.
     """
     sizes, lengths = _numbers("batch_sizes", batch_sizes), _numbers("prompt_lengths", prompt_lengths)
-    rivals = tuple(dict.fromkeys(name for text in as_list(baselines) for name in _parts(text)))
+    rivals = None if baselines is None else _names(baselines)
     chosen = _prompt_source(data, template, prompt, response, limit)
     opened, encoder = open_for_decoding(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     wanted = split_policies(policies) or _default_policies(opened)
@@ -93,6 +95,10 @@ def bench(
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _names(given: str | list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for text in as_list(given) for name in _parts(text)))
 
 
 def _numbers(name: str, given: str | list[int]) -> list[int]:

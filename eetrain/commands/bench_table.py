@@ -26,6 +26,11 @@ _COLUMNS = {
     "over_static": "x static",
     "over_cut": "x cut",
     "cut_to": "cut to",
+    "over_assistant": "x assistant",
+    "assistant": "which",
+    "acceptance": "acceptance",
+    "tokens_per_round": "tokens/round",
+    "rounds": "rounds",
 }
 _PROFILE_COLUMNS = {
     "candidate": "candidate",

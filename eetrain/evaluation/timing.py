@@ -21,13 +21,15 @@ class Timing:
     Attributes:
         prefill: from the call to each batch's first token.
         decode: from the first token to the last.
+        ahead: tokens of a row that came together with its first, as drafts do that were accepted at once.
     """
 
     prefill: float = 0.0
     decode: float = 0.0
+    ahead: int = 0
 
     def __add__(self, other: Timing) -> Timing:
-        return Timing(self.prefill + other.prefill, self.decode + other.decode)
+        return Timing(self.prefill + other.prefill, self.decode + other.decode, self.ahead + other.ahead)
 
 
 class Clock:
@@ -35,10 +37,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.times = [perf_counter()]
+        self._ahead = 0
 
     def put(self, value: Tensor) -> None:
         """Note when the prompt, which comes first, or a token of every row was there."""
         self.times.append(perf_counter())
+        if len(self.times) == 3 and value.dim() == 2:
+            self._ahead = value.shape[1] - 1
 
     def end(self) -> None:
         """Nothing is buffered."""
@@ -47,7 +52,7 @@ class Clock:
     def timing(self) -> Timing:
         """Of the generation that this streamer was given to."""
         start, _, first, *_ = self.times
-        return Timing(first - start, self.times[-1] - first)
+        return Timing(first - start, self.times[-1] - first, self._ahead)
 
 
 def timed_generate(

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from small_checkpoint import write_checkpoint, write_plain
+from small_checkpoint import VOCABULARY, small_tokenizer, write_checkpoint, write_plain
 
 from eetrain.cli import main
 from eetrain.commands.bench import bench
 from eetrain.errors import ConfigError, DataError
+from eetrain.exits import ExitConfig, MultiExitModel
 from eetrain.testing.runs import write_run
+from eetrain.testing.tiny import tiny_model
 
 ROWS = "question,answer\none two,first\ntwo,second\nthree,third\n"
 FAST: dict[str, Any] = {"baselines": "dynamic,cut", "new_tokens": 4, "repeats": 1}
@@ -207,3 +209,24 @@ def test_files_that_cannot_be_written(folder: str, tmp_path: Path) -> None:
         bench(folder, out=str(tmp_path / "file"), **ask)
     with pytest.raises(ConfigError, match=r"cannot be written: .*HINT: Set --costs to another path"):
         bench(folder, costs=str(tmp_path / "file" / "costs.yaml"), **ask)
+
+
+def test_the_assistant_as_a_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = tiny_model("llama", vocab_size=VOCABULARY, dtype=torch.float32)
+    model = MultiExitModel(backbone, ExitConfig(layers=[1, 3], head="tied"))
+    folder = model.save_pretrained(tmp_path / "tied", tokenizer=small_tokenizer())
+    capsys.readouterr()
+    ask = {"policies": "never", "batch_sizes": "1,2", "prompt_lengths": "4", **FAST, "baselines": "assistant"}
+    assert bench(str(folder), json=True, **ask) == 0
+    one, two = json.loads(capsys.readouterr().out)["measurements"]
+    rows = {row["candidate"]: row for row in one["candidates"]}
+    assert list(rows) == ["assistant:1", "assistant:3", "never"]
+    assert all(row["same_tokens"] for row in rows.values())
+    assert rows["never"]["assistant"] in ("assistant:1", "assistant:3")
+    assert two["unavailable"] == dict.fromkeys(
+        ("assistant:1", "assistant:3"), "transformers' assisted generation decodes one row at a time"
+    )
+    assert bench(str(folder), **ask) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.splitlines()[1].split()[-3:] == ["x", "assistant", "which"]

@@ -7,14 +7,15 @@ round and their median is reported.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from eetrain.decoding import Policy, parse_policy
-from eetrain.errors import ConfigError
+from eetrain.errors import ConfigError, EETrainError
+from eetrain.evaluation.bench.assistant import Drafting, assistant_baseline, assistant_names, drafting_of
 from eetrain.evaluation.bench.candidates import (
     Candidate,
     Run,
@@ -34,7 +35,7 @@ from eetrain.evaluation.timing import Timing
 if TYPE_CHECKING:
     from eetrain.exits import MultiExitModel
 
-BASELINES = ("dynamic", "static", "cut")
+BASELINES = ("dynamic", "static", "cut", "assistant")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class BenchSettings:
         new_tokens: every row decodes exactly so many; the first of them belongs to the prompt's pass.
         repeats: timed rounds, after one that is not timed.
         baselines: ``dynamic`` and ``static``: transformers with a growing cache, and with a fixed one and compiled
-            steps; ``cut``: with a growing cache on the backbone cut to each policy's mean depth.
+            steps; ``cut``: with a growing cache on the backbone cut to each policy's mean depth; ``assistant``:
+            transformers' self-speculation at the exits of speculative policies, or at all exits without such a
+            policy. By default all, ``assistant`` only with a speculative policy.
 
     Raises:
         ConfigError: nothing to measure, an unknown baseline, or too few tokens or rounds.
@@ -55,12 +58,12 @@ class BenchSettings:
     policies: tuple[str, ...]
     new_tokens: int = 48
     repeats: int = 7
-    baselines: tuple[str, ...] = BASELINES
+    baselines: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.policies:
             raise ConfigError("There is no policy to measure.", hint="For example --policies never,always:6.")
-        for name in self.baselines:
+        for name in self.baselines or ():
             if name not in BASELINES:
                 raise ConfigError(
                     f"baselines holds {name!r}, which is not known.", hint=f"Any of {_listed(BASELINES)}."
@@ -89,13 +92,25 @@ def run_benchmark(
     """
     policies = {str(policy): policy for policy in map(parse_policy, settings.policies)}
     _check(model, policies, workloads, settings.new_tokens)
+    settings = replace(settings, baselines=_baselines(settings, model, policies))
     return Benchmark(
-        settings=asdict(settings) | {"policies": list(policies), "baselines": list(settings.baselines)},
+        settings=asdict(settings) | {"policies": list(policies), "baselines": list(settings.baselines or ())},
         environment=environment(model.device) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
         num_blocks=model.num_blocks,
         exit_layers=model.exit_layers,
         measured=[_measure(model, policies, workload, settings, on_step) for workload in workloads],
     )
+
+
+def _baselines(settings: BenchSettings, model: MultiExitModel, policies: dict[str, Policy]) -> tuple[str, ...]:
+    if settings.baselines is not None:
+        return settings.baselines
+    speculates = any(map(partial(_drafting, model), policies.values()))
+    return tuple(name for name in BASELINES if name != "assistant" or speculates)
+
+
+def _drafting(model: MultiExitModel, policy: Policy) -> Drafting | None:
+    return drafting_of(policy, model.exit_layers, model.num_blocks)
 
 
 def _check(model: MultiExitModel, policies: dict[str, Policy], workloads: Sequence[Workload], new_tokens: int) -> None:
@@ -124,7 +139,7 @@ def _measure(
     decode = partial(run_once, workload=workload, new_tokens=settings.new_tokens)
     what = f"batch {workload.batch_size}, prompt {workload.prompt_length}"
     reference = decode(dynamic_baseline(model))
-    first, unavailable = _first_runs(model, policies, settings.baselines, decode)
+    first, unavailable = _first_runs(model, policies, settings.baselines or (), workload, decode)
     timings: dict[str, list[Timing]] = {name: [] for name in first}
     order: list[str] = []
     for _ in range(settings.repeats):
@@ -146,7 +161,11 @@ def _measure(
 
 
 def _first_runs(
-    model: MultiExitModel, policies: dict[str, Policy], baselines: Sequence[str], decode: Callable[[Candidate], Run]
+    model: MultiExitModel,
+    policies: dict[str, Policy],
+    baselines: Sequence[str],
+    workload: Workload,
+    decode: Callable[[Candidate], Run],
 ) -> tuple[dict[str, tuple[Candidate, Run]], dict[str, str]]:
     """What can be timed, with its first run, and why the rest cannot."""
     runs: dict[str, tuple[Candidate, Run]] = {}
@@ -157,18 +176,36 @@ def _first_runs(
 
     if "dynamic" in baselines:
         add(dynamic_baseline(model))
-    if "static" in baselines:
+
+    def attempt(name: str, baseline: Callable[[], Candidate]) -> None:
         try:
-            add(static_baseline(model))
+            add(baseline())
         except Exception as error:
-            # Compilers fail in many ways, and whatever it was, the others can still be timed.
-            unavailable["static"] = _reason(error)
+            # Compilers and models fail in many ways, and whatever it was, the others can still be timed.
+            unavailable[name] = _reason(error)
+
+    if "static" in baselines:
+        attempt("static", partial(static_baseline, model))
+    if "assistant" in baselines:
+        assistants = _assistants(model, policies)
+        if not assistants:
+            unavailable["assistant"] = "the model has no exits to draft at"
+        for name, (layer, draft) in assistants.items():
+            attempt(name, partial(assistant_baseline, model, layer, draft, workload.batch_size))
     for policy in policies.values():
-        add(policy_candidate(model, policy))
+        drafting = _drafting(model, policy)
+        add(policy_candidate(model, policy, () if drafting is None else drafting.exits))
     if "cut" in baselines:
-        for depth in sorted({run.rounded_depth for _, run in runs.values() if run.depths} - {model.num_blocks}):
+        lossy = [run for _, run in runs.values() if run.depths and run.speculation is None]
+        for depth in sorted({run.rounded_depth for run in lossy} - {model.num_blocks}):
             add(cut_baseline(model, depth))
     return runs, unavailable
+
+
+def _assistants(model: MultiExitModel, policies: dict[str, Policy]) -> dict[str, tuple[int, int | None]]:
+    found = [drafting for drafting in map(partial(_drafting, model), policies.values()) if drafting is not None]
+    everywhere = tuple(layer for layer in model.exit_layers if layer < model.num_blocks)
+    return assistant_names(found or [Drafting(everywhere, (None,) * len(everywhere))])
 
 
 def _same(run: Run, reference: Run) -> bool:
@@ -176,7 +213,8 @@ def _same(run: Run, reference: Run) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    text = error.message if isinstance(error, EETrainError) else str(error)
+    lines = text.strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

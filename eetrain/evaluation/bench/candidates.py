@@ -7,8 +7,8 @@ copied: baselines are shadows of it that share its parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import floor
 from time import perf_counter
@@ -33,16 +33,18 @@ class Candidate:
     """One way to decode.
 
     Attributes:
-        name: ``dynamic``, ``static``, ``cut:6`` or a policy's string.
-        kind: ``dynamic``, ``static``, ``cut`` or ``policy``.
+        name: ``dynamic``, ``static``, ``cut:6``, ``assistant:3`` or a policy's string.
+        kind: ``dynamic``, ``static``, ``cut``, ``assistant`` or ``policy``.
         generate: with the signature of ``transformers.generate``.
         depth: blocks of each token where that is known ahead, else ``None``.
+        drafts_at: exits that make drafts for the full depth to verify.
     """
 
     name: str
     kind: str
     generate: Callable[..., Any]
     depth: int | None = None
+    drafts_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Run:
         seconds: from the first call to the last return.
         depths: of the tokens after each row's first, from policies only.
         block_calls: blocks times positions computed after the prompts, repair included, from policies only.
+        speculation: what became of the drafts, summed over the batches, from speculative policies only.
     """
 
     tokens: list[Tensor]
@@ -62,6 +65,7 @@ class Run:
     seconds: float
     depths: list[int]
     block_calls: int | None
+    speculation: Any = None
 
     @property
     def rounded_depth(self) -> int:
@@ -69,10 +73,10 @@ class Run:
         return floor(sum(self.depths) / len(self.depths) + 0.5)
 
 
-def policy_candidate(model: MultiExitModel, policy: Policy) -> Candidate:
+def policy_candidate(model: MultiExitModel, policy: Policy, drafts_at: tuple[int, ...] = ()) -> Candidate:
     """Our loop under a policy."""
     generate = partial(model.generate, exit_policy=policy, return_dict_in_generate=True)
-    return Candidate(str(policy), "policy", generate)
+    return Candidate(str(policy), "policy", generate, drafts_at=drafts_at)
 
 
 def dynamic_baseline(model: MultiExitModel) -> Candidate:
@@ -108,32 +112,52 @@ def cut_baseline(model: MultiExitModel, depth: int) -> Candidate:
 
 def cut_backbone(model: MultiExitModel, depth: int) -> Any:
     """The causal LM with its first ``depth`` blocks only; it shares its parameters with the whole one."""
-    lm, anatomy = model.causal_lm, model.anatomy
-    path = ".".join(filter(None, (anatomy.decoder, anatomy.blocks)))
-    cut = shadow(lm, {path: nn.ModuleList(list(blocks_of(model.backbone, anatomy))[:depth])})
-    config = copy.deepcopy(lm.config)
-    text = config.get_text_config(decoder=True)
+    cut = shadow_with_config(model, list(blocks_of(model.backbone, model.anatomy))[:depth])
+    text = cut.config.get_text_config(decoder=True)
     text.num_hidden_layers = depth
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:depth]
-    parts = path.split(".")
-    for number in range(len(parts)):
-        module: Any = cut.get_submodule(".".join(parts[:number]))
-        if hasattr(module, "config"):
-            module.config = config if module.config is lm.config else text
     return cut
 
 
-def run_once(candidate: Candidate, workload: Workload, new_tokens: int, clock_of: Callable[[], Clock] = Clock) -> Run:
-    """Decode all batches greedily, exactly ``new_tokens`` a row.
+def shadow_with_config(model: MultiExitModel, blocks: Sequence[nn.Module] | None = None) -> Any:
+    """The causal LM with a config of its own; parameters are shared.
+
+    Args:
+        model: whose backbone it is.
+        blocks: its blocks, by default all.
+    """
+    lm, anatomy = model.causal_lm, model.anatomy
+    path = ".".join(filter(None, (anatomy.decoder, anatomy.blocks)))
+    chosen = blocks_of(model.backbone, anatomy) if blocks is None else blocks
+    copied = shadow(lm, {path: nn.ModuleList(list(chosen))})
+    config = copy.deepcopy(lm.config)
+    parts = path.split(".")
+    for number in range(len(parts)):
+        module: Any = copied.get_submodule(".".join(parts[:number]))
+        if hasattr(module, "config"):
+            module.config = config if module.config is lm.config else config.get_text_config(decoder=True)
+    return copied
+
+
+def run_once(
+    candidate: Candidate,
+    workload: Workload,
+    new_tokens: int,
+    clock_of: Callable[[], Clock] = Clock,
+    *,
+    to_the_end: bool = True,
+) -> Run:
+    """Decode all batches greedily.
 
     Args:
         candidate: what decodes.
         workload: the prompts.
-        new_tokens: a row; ends of text are not chosen before.
+        new_tokens: of each row, at most.
         clock_of: makes the clock of each batch.
+        to_the_end: ends of text are not chosen, so that each row gets exactly ``new_tokens``.
     """
-    tokens, depths, timing = [], [], Timing()
+    tokens, depths, timing, speculations = [], [], Timing(), []
     calls: int | None = None
     began = perf_counter()
     for ids, mask in workload.batches:
@@ -143,8 +167,8 @@ def run_once(candidate: Candidate, workload: Workload, new_tokens: int, clock_of
             attention_mask=mask,
             do_sample=False,
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            pad_token_id=0,  # no row ends before another, so none is filled up
+            min_new_tokens=new_tokens if to_the_end else None,
+            pad_token_id=0,
             streamer=clock,
         )
         timing += clock.timing
@@ -155,4 +179,14 @@ def run_once(candidate: Candidate, workload: Workload, new_tokens: int, clock_of
             assert output.block_calls is not None
             depths += output.exit_trace[:, 1:].flatten().tolist()
             calls = (calls or 0) + output.block_calls
-    return Run(tokens, timing, perf_counter() - began, depths, calls)
+            speculations.append(getattr(output, "speculation", None))
+    return Run(tokens, timing, perf_counter() - began, depths, calls, _summed(speculations))
+
+
+def _summed(counts: Sequence[Any]) -> Any:
+    """Counts of several generations in one dataclass; ``None`` where nothing was counted."""
+    if not counts or counts[0] is None:
+        return None
+    return replace(
+        counts[0], **{part.name: sum(getattr(one, part.name) for one in counts) for part in fields(counts[0])}
+    )

@@ -1,16 +1,19 @@
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
 
-from eetrain.decoding import Scheduled, Threshold, parse_policy
+from eetrain.decoding import EarlyExitOutput, Scheduled, Threshold, parse_policy
 from eetrain.decoding.confidence import Evidence
 from eetrain.errors import ConfigError, DataError
 from eetrain.evaluation import Sample, Timing, timing
+from eetrain.evaluation.bench import benchmark
 from eetrain.evaluation.bench import profile as bench_profile
+from eetrain.evaluation.bench.assistant import Drafting, assistant_baseline, assistant_names, drafting_of
 from eetrain.evaluation.bench.benchmark import BenchSettings, run_benchmark
 from eetrain.evaluation.bench.candidates import (
     Candidate,
@@ -150,6 +153,213 @@ def test_a_row_from_its_numbers() -> None:
     assert static["compile_seconds"] == 33.5 - 2.5
     assert static["over_static"] is None
     assert static["over_dynamic"] == 2
+
+
+@dataclass(frozen=True)
+class Counts:
+    """As decoding counts drafts."""
+
+    rounds: int
+    row_rounds: int
+    drafted: int
+    judged: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.judged if self.judged else float("nan")
+
+    @property
+    def tokens_per_round(self) -> float:
+        return 1 + self.accepted / self.row_rounds
+
+
+def assistant(name: str, layer: int, whole: list[float]) -> Measured:
+    run = Run([], Timing(), 0.0, [], None)
+    candidate = Candidate(name, "assistant", lambda: None, 12, (layer,))
+    return Measured(candidate, run, [Timing(seconds - 1, 1, ahead=2) for seconds in whole], True, None)
+
+
+def test_a_speculative_row_beside_assistants() -> None:
+    setting = handmade_setting()  # whole rounds of never: 4.5, 4.5, 12.5 seconds
+    run = Run([], Timing(), 0.0, [3] * 20 + [12] * 10, 900, Counts(4, 9, 30, 24, 18))
+    policy = Candidate("speculative:exit=3,draft=2", "policy", lambda: None, drafts_at=(3,))
+    setting.measured.append(Measured(policy, run, [Timing(0.5, seconds) for seconds in (1, 2, 3)], True, None))
+    setting.measured.append(assistant("assistant:3", 3, [6.0, 6.0, 9.0]))
+    setting.measured.append(assistant("assistant:3,draft=2", 3, [3.0, 5.0, 4.0]))
+    setting.measured.append(assistant("assistant:6", 6, [2.0, 2.0, 2.0]))
+    rows = {entry.candidate.name: bench_row(entry, setting, 12) for entry in setting.measured}
+    row = rows["speculative:exit=3,draft=2"]
+    assert (row["acceptance"], row["tokens_per_round"], row["rounds"]) == (18 / 24, 3, 4)
+    assert row["predicted_speedup"] is None, "rejected drafts count as blocks"
+    assert row["blocks_per_token"] == 900 / 30
+    assert (row["over_cut"], row["cut_to"]) == (None, None)
+    assert row["assistant"] == "assistant:3,draft=2", "the faster schedule at its own exit"
+    assert row["over_assistant"] == median([3 / 1.5, 5 / 2.5, 4 / 3.5])
+    assert rows["never"]["assistant"] == "assistant:6"
+    assert rows["never"]["over_assistant"] == median([2 / 4.5, 2 / 4.5, 2 / 12.5])
+    beaten = rows["assistant:3"]
+    assert beaten["over_dynamic"] == median([4.5 / 6, 8.5 / 6, 6.5 / 9])
+    assert (beaten["mean_depth"], beaten["blocks_per_token"], beaten["acceptance"]) == (12, None, None)
+    assert beaten["step_ms"] == 1000 * 1 / (10 - 2), "tokens that came with the first are no steps"
+    assert (rows["assistant:6"]["assistant"], rows["assistant:6"]["over_assistant"]) == (None, None)
+
+
+def test_an_acceptance_of_nothing_is_unknown() -> None:
+    setting = handmade_setting()
+    run = replace(setting.measured[2].first, speculation=Counts(1, 2, 0, 0, 0))
+    row = bench_row(replace(setting.measured[2], first=run), setting, 12)
+    assert (row["acceptance"], row["tokens_per_round"], row["rounds"]) == (None, 1, 1)
+
+
+def test_all_tokens_in_the_first_round_leave_no_step() -> None:
+    setting = handmade_setting()
+    entry = assistant("assistant:3", 3, [2.0, 2.0, 2.0])
+    setting.measured.append(replace(entry, timings=[Timing(2.0, 0.0, ahead=10)] * 3))
+    row = bench_row(setting.measured[-1], setting, 12)
+    assert (row["step_ms"], row["step_ms_q3"], row["tokens_per_second"]) == (None, None, None)
+    assert row["over_dynamic"] == 6.5 / 2
+
+
+class Speculates(Threshold):
+    """Full depth under the name of a speculative policy."""
+
+    exit: Any = (1,)
+    draft: Any = (2,)
+
+    def __str__(self) -> str:
+        return "speculative:exit=1,draft=2"
+
+
+@pytest.mark.parametrize(
+    ("exits", "draft", "wanted"),
+    [
+        ((2,), (4,), Drafting((2,), (4,))),
+        ((1, 3), (4,), Drafting((1, 3), (4, 4))),
+        ((1, 3), (2, 5), Drafting((1, 3), (2, 5))),
+        ("auto", (8,), Drafting((1, 3), (None, None))),
+    ],
+)
+def test_what_a_speculative_policy_drafts_with(exits: Any, draft: Any, wanted: Drafting) -> None:
+    policy = Speculates(2.0)
+    object.__setattr__(policy, "exit", exits)
+    object.__setattr__(policy, "draft", draft)
+    assert drafting_of(policy, (1, 3, 4), 4) == wanted
+    assert drafting_of(Threshold(2.0), (1, 3, 4), 4) is None
+
+
+def test_names_of_assistants() -> None:
+    drafts = [Drafting((3,), (4,)), Drafting((1,), (None,)), Drafting((3,), (2,)), Drafting((3,), (4,))]
+    assert assistant_names(drafts) == {
+        "assistant:1": (1, None),
+        "assistant:3": (3, None),
+        "assistant:3,draft=2": (3, 2),
+        "assistant:3,draft=4": (3, 4),
+    }
+
+
+def settings_of(model: MultiExitModel) -> tuple[dict[str, Any], dict[str, Any]]:
+    return model.causal_lm.config.to_dict(), model.causal_lm.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("draft", [None, 3])
+def test_the_assistant_gives_the_full_depths_tokens_and_leaves_nothing(family: str, draft: int | None) -> None:
+    model = small(family)
+    # The schedule that transformers writes back to the generation config it was given.
+    model.causal_lm.generation_config.num_assistant_tokens_schedule = "heuristic"
+    model.causal_lm.generation_config.num_assistant_tokens = 1
+    before = settings_of(model)
+    candidate = assistant_baseline(model, 2, draft)
+    run = run_once(candidate, prompts(1), 9)
+    assert torch.equal(run.tokens[0], run_once(dynamic_baseline(model), prompts(1), 9).tokens[0])
+    assert settings_of(model) == before
+    own = candidate.drafts_at, candidate.kind, candidate.depth
+    assert own == ((2,), "assistant", 4)
+
+
+@pytest.mark.parametrize(("draft", "passes"), [(1, 6), (3, 3), (None, 1)])
+def test_the_assistant_drafts_as_many_as_told(draft: int | None, passes: int) -> None:
+    model = small()
+    # The blocks after the exit add nothing, so that every draft is right.
+    for block in model.causal_lm.model.layers[1:]:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    if draft is None:
+        model.causal_lm.lm_head.weight.data.mul_(50.0)  # sure enough for transformers' own schedule to go on
+    calls: list[int] = []
+    model.causal_lm.model.layers[3].register_forward_hook(lambda module, args, out: calls.append(1))
+    run = run_once(assistant_baseline(model, 1, draft), prompts(1), 12)
+    assert run.tokens[0].shape == (1, 12)
+    assert len(calls) == passes
+    assert run.timing.ahead == (11 if draft is None else draft)
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "reason"),
+    [
+        (lambda: small(), 2, "transformers' assisted generation decodes one row at a time"),
+        (lambda: small("gpt2"), 1, "list index out of range"),
+        (
+            lambda: MultiExitModel(tiny_model("llama"), ExitConfig([1, 2], head="norm")).eval(),
+            1,
+            "exit 1 has a head of its own, and transformers drafts with the final norm and matrix",
+        ),
+    ],
+)
+def test_where_there_is_no_assistant_the_reason_is_told(
+    make: Callable[[], MultiExitModel], rows: int, reason: str
+) -> None:
+    model = make()
+    before = settings_of(model)
+    settings = BenchSettings(("never",), 4, 1, ("dynamic", "assistant"))
+    (setting,) = run_benchmark(model, [prompts(rows)], settings).measured
+    assert setting.order == ["dynamic", "never"]
+    assert setting.unavailable.keys() == {"assistant:1", "assistant:2"}
+    assert setting.unavailable["assistant:1"] == reason
+    assert settings_of(model) == before
+
+
+def test_without_exits_there_is_nothing_to_assist_with() -> None:
+    settings = BenchSettings(("never",), 4, 1, ("assistant",))
+    (setting,) = run_benchmark(small(layers=()), [prompts(1)], settings).measured
+    assert setting.unavailable == {"assistant": "the model has no exits to draft at"}
+
+
+def test_a_speculative_policy_meets_its_assistants(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Speculates(2.0)
+    monkeypatch.setattr(benchmark, "parse_policy", lambda text: policy if text == str(policy) else parse_policy(text))
+    settings = BenchSettings(("never", str(policy)), 6, 2, None)
+    monkeypatch.setattr(benchmark, "static_baseline", lambda model: 1 / 0)
+    found = run_benchmark(small(), [prompts(1)], settings)
+    assert found.settings["baselines"] == ["dynamic", "static", "cut", "assistant"]
+    (setting,) = found.measured
+    assert setting.order[:5] == ["dynamic", "assistant:1", "assistant:1,draft=2", "never", str(policy)]
+    assert setting.unavailable == {"static": "division by zero"}
+    rows = {row["candidate"]: row for row in found.rows(setting)}
+    assert rows[str(policy)]["assistant"] in ("assistant:1", "assistant:1,draft=2")
+    assert rows["assistant:1,draft=2"]["same_tokens"]
+    plain = run_benchmark(small(), [prompts(1)], BenchSettings(("never",), 3, 1, None))
+    assert plain.settings["baselines"] == ["dynamic", "static", "cut"]
+
+
+def test_counts_of_all_batches_are_summed() -> None:
+    counts = iter([Counts(1, 2, 3, 4, 2), Counts(10, 20, 30, 40, 10)])
+
+    def generate(ids: torch.Tensor, streamer: Any, **options: Any) -> EarlyExitOutput:
+        assert options["min_new_tokens"] is None
+        for value in (ids, ids[:, -1], ids[:, -1]):
+            streamer.put(value)
+        trace = torch.ones(2, 2, dtype=torch.long)
+        output = EarlyExitOutput(sequences=torch.cat([ids, ids[:, :2]], 1), exit_trace=trace, block_calls=3)
+        output.speculation = next(counts)
+        return output
+
+    batches = Workload(2, 5, prompts().batches * 2)
+    run = run_once(Candidate("x", "policy", generate), batches, 2, to_the_end=False)
+    assert run.speculation == Counts(11, 22, 33, 44, 12)
+    assert run.speculation.acceptance == 12 / 44
+    assert run.block_calls == 6
 
 
 def test_costs_are_medians_of_ratios_to_the_full_depth() -> None:
