@@ -111,6 +111,11 @@ def weighted_sum(
     return replace(assembled, terms=assembled.terms | distances)
 
 
+def distils(objective: Objective) -> bool:
+    """Whether exits learn from the full depth."""
+    return isinstance(objective, WeightedSum) and objective.distillation is not None
+
+
 def distance_name(layer: int) -> str:
     """How the term is called that says how far an exit is from the full depth it learns from, in nats."""
     return f"distill/{depth_name(layer)}"

@@ -9,7 +9,7 @@ from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError
 from eetrain.exits import MultiExitModel
 from eetrain.objectives import JointGating
-from eetrain.objectives.weighted_sum import WeightedSum
+from eetrain.objectives.weighted_sum import distils
 from eetrain.parallel.deepspeed_setup import EnginePrecision
 from eetrain.training import EarlyExitModule
 
@@ -60,8 +60,7 @@ def check_run(trainer: Trainer, module: LightningModule, zero_stage: int, precis
             hint="Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
             "eetrain.objectives.weighted_sum.WeightedSum.",
         )
-    distils = isinstance(objective, WeightedSum) and objective.distillation is not None
-    if distils and module.settings.exits.output == "own":
+    if distils(objective) and module.settings.exits.output == "own":
         raise ConfigError(
             f"The objective {type(objective).__name__} distils exits from the full depth, and with "
             "model.exits.output=own the stages of a pipeline lack the backbone's output matrix, which makes a "
