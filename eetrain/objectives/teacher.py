@@ -24,7 +24,8 @@ class Distillation:
     Self-supervised exits (arXiv 2407.21082) and EESD (arXiv 2406.03853) train exits of a frozen model in this manner;
     with ``share=1`` labels only say which positions count. Up to the entropy of ``p_T``, which no exit can change,
     ``CE(p_T, p_e)`` is ``KL(p_T || p_e)``. The full depth itself keeps its plain cross-entropy. EESD's paper leaves the
-    mixture with labels open; ``share`` decides it here.
+    mixture with labels open; ``share`` decides it here. ``p_e`` always covers the whole vocabulary: with ``top_k`` the
+    divergence is 0 only for an exit that gives the other tokens no probability.
 
     Args:
         share: how much of an exit's loss comes from the full depth, above 0 and at most 1.
