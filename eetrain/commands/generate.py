@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
+from eetrain.commands.decoding import Decoder
 from eetrain.commands.opening import as_list, open_for_decoding, unescaped
-from eetrain.commands.output import print_json, progress, stdout
-from eetrain.data import read_rows
-from eetrain.data.sources import local_files
-from eetrain.data.tokenization import TextEncoder
+from eetrain.commands.output import print_json, stdout
+from eetrain.commands.prompts import read_prompts
+from eetrain.commands.self_generated import SelfGenerated
 from eetrain.decoding import Policy, parse_policy
-from eetrain.errors import ConfigError, DataError
-from eetrain.evaluation.batches import generate_options, left_padded
-from eetrain.exits import MultiExitModel
+from eetrain.errors import ConfigError
+from eetrain.evaluation.batches import generate_options
 from eetrain.viewing import DepthStreamer, Generation, Token, html_page, legend, mean_depth, render_tokens, visible
-
-_RECORDS = (".csv", ".json", ".jsonl", ".parquet")
 
 
 def generate(
     model: str,
     prompt: str | list[str] | None = None,
     prompts_file: str | None = None,
+    template: str | None = None,
+    limit: int | None = None,
     policy: str | None = None,
     max_new_tokens: int = 64,
     do_sample: bool = False,
@@ -39,6 +37,7 @@ def generate(
     batch_size: int = 8,
     bos: bool | None = None,
     html: str | None = None,
+    out: str | None = None,
     json: bool = False,
     color: Literal["auto", "always", "never"] = "auto",
     dtype: str = "auto",
@@ -50,7 +49,9 @@ def generate(
     Args:
         model: folder or hub id; a model without exits runs with the policy never.
         prompt: a prompt, or several as '["one", "two"]'; \n, \t and \\ stand for newline, tab and backslash.
-        prompts_file: one prompt a line, or the field 'prompt' of a .csv, .json, .jsonl or .parquet file.
+        prompts_file: one prompt a line, or one a record of a .csv, .json, .jsonl or .parquet file.
+        template: how a record becomes a prompt, such as '{mr}\n=> '; by default '{prompt}'.
+        limit: take at most so many prompts of the file.
         policy: such as never, always:6, threshold:0.9, gate:0.5 or skipdecode:max=9,min=4; by default the one
             stored in the checkpoint, else never.
         max_new_tokens: at most so many tokens a prompt.
@@ -61,26 +62,33 @@ def generate(
         batch_size: prompts decoded together.
         bos: start with the tokenizer's bos token; by default if it has one.
         html: write a page with coloured tokens to this file.
+        out: write prompts and responses to this .jsonl file, to train exits on what the model says; equal prompts
+            once, unless do_sample. A command that was stopped goes on if it is given again.
         json: write one JSON object with texts, tokens and depths.
         color: colour tokens by depth; auto does so on a terminal.
         dtype: of the weights, auto keeps the stored one.
         device: auto, cpu, cuda, cuda:1...
         trust_remote_code: run code that comes with the checkpoint.
     """
-    _check(max_new_tokens, do_sample, temperature, top_p, batch_size)
-    prompts = [*map(unescaped, as_list(prompt)), *(_read_prompts(prompts_file) if prompts_file else [])]
-    if not prompts:
-        raise ConfigError("There is no prompt.", hint="Set --prompt 'text' or --prompts_file FILE.")
+    _check(max_new_tokens, do_sample, temperature, top_p, batch_size, limit)
+    if html is not None and out is not None:
+        raise ConfigError("html shows texts and out keeps them for training.", hint="Set one of the two.")
+    prompts = _all_prompts(prompt, prompts_file, template, limit)
     opened, encoder = open_for_decoding(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     chosen = parse_policy(policy or getattr(opened.causal_lm.generation_config, "exit_policy", None) or "never")
     options = generate_options(opened, encoder, max_new_tokens)
     if do_sample:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    torch.manual_seed(seed)
+    decoder = Decoder(opened, encoder, chosen, options, batch_size, bos, seed)
+    if out is not None:
+        _keep(out, model, decoder, prompts if do_sample else list(dict.fromkeys(prompts)), json=json)
+        return 0
     console = stdout(color)
     if not json and len(prompts) == 1 and _in_colour(console):
         options["streamer"] = DepthStreamer(encoder.tokenizer, partial(_show_token, console, opened.num_blocks))
-    generations, seconds = _decode(opened, encoder, prompts, chosen, options, batch_size, bos)
+    batches = list(decoder.batches(prompts))
+    generations = [generation for batch, _ in batches for generation in batch]
+    seconds = sum(took for _, took in batches)
     if html is not None:
         page = html_page(generations, opened.num_blocks, title=Path(model).name, policy=str(chosen), seconds=seconds)
         _write(html, page)
@@ -91,9 +99,11 @@ def generate(
     return 0
 
 
-def _check(max_new_tokens: int, do_sample: bool, temperature: float, top_p: float, batch_size: int) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
+def _check(
+    max_new_tokens: int, do_sample: bool, temperature: float, top_p: float, batch_size: int, limit: int | None
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
             raise ConfigError(f"{name}={value}, must be at least 1.", hint="Raise it.")
     if temperature <= 0 or not 0 < top_p <= 1:
         raise ConfigError(
@@ -107,48 +117,23 @@ def _check(max_new_tokens: int, do_sample: bool, temperature: float, top_p: floa
         )
 
 
-def _read_prompts(file: str) -> list[str]:
-    path = local_files(file)[0]
-    if path.name.removesuffix(".gz").endswith(_RECORDS):
-        return [row.text("prompt") for row in read_rows(file)]
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", hint="Give a UTF-8 text file.") from error
-    prompts = [line for line in lines if line.strip()]
+def _all_prompts(
+    prompt: str | list[str] | None, file: str | None, template: str | None, limit: int | None
+) -> list[str]:
+    if file is None and (template is not None or limit is not None):
+        raise ConfigError("template and limit are of a file, and there is none.", hint="Set --prompts_file FILE.")
+    prompts = [*map(unescaped, as_list(prompt)), *(read_prompts(file, template, limit) if file else [])]
     if not prompts:
-        raise DataError(f"{path} holds no prompt.", hint="Write one prompt a line.")
+        raise ConfigError("There is no prompt.", hint="Set --prompt 'text' or --prompts_file FILE.")
     return prompts
 
 
-def _decode(
-    model: MultiExitModel,
-    encoder: TextEncoder,
-    prompts: Sequence[str],
-    policy: Policy,
-    options: dict[str, Any],
-    batch_size: int,
-    bos: bool | None,
-) -> tuple[list[Generation], float]:
-    ids = [encoder.start_ids(bos) + tokens for tokens in encoder.encode(prompts)]
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if not tokens:
-            raise ConfigError(f"The prompt {prompt!r} has no tokens.", hint="Write some text, or set --bos true.")
-    generations: list[Generation] = []
-    seconds = 0.0
-    with progress(enabled="streamer" not in options) as on_step:
-        for start in range(0, len(prompts), batch_size):
-            inputs, mask = left_padded(ids[start : start + batch_size], encoder.pad_id, model.device)
-            began = perf_counter()
-            output = model.generate(
-                inputs, attention_mask=mask, exit_policy=policy, return_dict_in_generate=True, **options
-            )
-            new, depths = output.sequences[:, inputs.shape[1] :].tolist(), output.exit_trace.tolist()
-            seconds += perf_counter() - began
-            rows = zip(prompts[start : start + batch_size], new, depths, strict=True)
-            generations += [Generation.read(encoder.tokenizer, *row) for row in rows]
-            on_step("decoding", len(generations), len(prompts))
-    return generations, seconds
+def _keep(out: str, model: str, decoder: Decoder, prompts: Sequence[str], *, json: bool) -> None:
+    found = SelfGenerated(out, {"model": model, **decoder.settings}).write(decoder, prompts)
+    if json:
+        print_json({"policy": str(decoder.policy), "num_blocks": decoder.model.num_blocks, **found})
+    else:
+        sys.stdout.write(f"{found['texts']} texts in {found['out']}\n")
 
 
 def _write(file: str, page: str) -> None:

@@ -5,9 +5,11 @@ from eetrain.objectives.joint_gating import JointGating
 from eetrain.objectives.multi_exit import MultiExitCrossEntropy
 from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, score
 from eetrain.objectives.skipdecode import SkipDecode
+from eetrain.objectives.teacher import Distillation
 
 __all__ = [
     "FULL",
+    "Distillation",
     "EETuning",
     "HeadInputs",
     "JointGating",

@@ -22,6 +22,8 @@ def obstacle(
     projections: Sequence[Projection],
     token_weights: object,
     statistics: str,
+    *,
+    distils: bool,
 ) -> tuple[str, str] | None:
     """Why the kernels cannot do this call, and what to do about it; ``None`` if they can."""
     use_torch = "set kernel='torch'."
@@ -29,6 +31,8 @@ def obstacle(
         return f"it computes no token statistics (statistics={statistics!r})", use_torch
     if callable(token_weights):
         return "it cannot weight tokens by their own confidence", use_torch
+    if distils:
+        return "it knows labels only, and exits are distilled from the full depth", use_torch
     if any(head.scale != 1.0 for head in projections):
         return "it cannot scale logits, and this model does", use_torch
     if any(head.bias is not None for head in projections):
@@ -46,9 +50,11 @@ def require_usable(
     projections: Sequence[Projection],
     token_weights: object,
     statistics: str,
+    *,
+    distils: bool,
 ) -> None:
     """Raise ConfigError if the kernels cannot do this call."""
-    found = obstacle(hidden, projections, token_weights, statistics)
+    found = obstacle(hidden, projections, token_weights, statistics, distils=distils)
     if found is not None:
         raise ConfigError(f"kernel='cce' was asked for, but {found[0]}.", hint=found[1])
 

@@ -1,4 +1,4 @@
-"""Training exits of a frozen backbone, each by its own cross-entropy (EE-Tuning)."""
+"""Training exits of a frozen backbone, each by its own loss (EE-Tuning, self-supervised exits, EESD)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eetrain.errors import ConfigError
 from eetrain.objectives.linear_ce import Kernel
+from eetrain.objectives.teacher import Distillation
 from eetrain.objectives.token_statistics import TokenStatistics
 from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.objectives.weights import ExitWeights, ExitWeightSchedule
@@ -23,19 +24,33 @@ class EETuning(WeightedSum):
     confidence, without renormalisation, which concentrates learning where the exit would fire. The paper
     offers this as an option beside plain cross-entropy (``u = 1``), which is the default here as well.
 
+    With ``distillation`` exits learn what the frozen full depth says, which runs without autograd: self-supervised
+    exits (arXiv 2407.21082), and with ``exits.head=block`` EESD's extra block (arXiv 2406.03853).
+
+    Example::
+
+        EETuning(distillation=Distillation(share=1.0))
+
     Args:
         weights: of the exits: one number, a list with the shallowest exit first, or a dict by layer.
         confidence_weights: whether tokens count by the exit's confidence.
         kernel: ``"cce"`` uses the cut-cross-entropy GPU kernels for steps that ask for no statistics.
+        distillation: how exits learn from the full depth; from labels alone if left out.
 
     Raises:
-        ConfigError: the kernel cannot weight by confidence.
+        ConfigError: the kernel cannot weight by confidence, or distil.
     """
 
     freezes_backbone: ClassVar[bool] = True
 
-    def __init__(self, weights: ExitWeights = 1.0, confidence_weights: bool = False, kernel: Kernel = "torch") -> None:
-        super().__init__(_confidence if confidence_weights else None, kernel)
+    def __init__(
+        self,
+        weights: ExitWeights = 1.0,
+        confidence_weights: bool = False,
+        kernel: Kernel = "torch",
+        distillation: Distillation | None = None,
+    ) -> None:
+        super().__init__(_confidence if confidence_weights else None, kernel, distillation)
         if confidence_weights and kernel == "cce":
             raise ConfigError(
                 "kernel='cce' computes no confidence, and confidence_weights is on.",
@@ -45,8 +60,8 @@ class EETuning(WeightedSum):
         self._schedule = ExitWeightSchedule({}, {})
 
     def needs_full_depth(self) -> bool:
-        """Never: the forward pass ends at the deepest exit."""
-        return False
+        """Whether exits learn from it; if not, the forward pass ends at the deepest exit."""
+        return self.distillation is not None
 
     def bind(self, exit_layers: Sequence[int], num_blocks: int) -> None:
         """Check the weights against the exits, of which there must be one; see :meth:`Objective.bind`."""

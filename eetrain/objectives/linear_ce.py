@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from eetrain.backbones.projection import Projection
 from eetrain.errors import ConfigError
 from eetrain.objectives import cut_kernel
+from eetrain.objectives.chunk_logits import Reading, cast_for_products, read
 from eetrain.objectives.gradients import GradientStore, wide_dtype
-from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics, exponentiate_
+from eetrain.objectives.teacher import Targets, Teacher
+from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics
 
 Kernel = Literal["torch", "cce"]
 TokenWeights = Callable[[TokenStatistics, int, slice | Tensor], Tensor]
@@ -46,12 +48,15 @@ class LinearCEOutput:
             without ``w``, ``u`` or the normalizer.
         statistics: ``[E, N]`` statistics, or ``None`` if none were asked for.
         num_tokens: how many labels were valid, int64 scalar.
+        divergences: ``[E]``, detached: mean ``KL(p_T || p_e)`` of each exit over the valid tokens, 0 for the teacher
+            itself; ``None`` without one.
     """
 
     loss: Tensor
     exit_losses: Tensor
     statistics: TokenStatistics | None
     num_tokens: Tensor
+    divergences: Tensor | None = None
 
 
 def shift_labels(labels_BT: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
@@ -75,13 +80,15 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     ignore_index: int = IGNORE_INDEX,
     kernel: Kernel = "torch",
+    teacher: Teacher | None = None,
 ) -> LinearCEOutput:
     """Weighted next-token cross-entropy of ``E`` exits without ever holding their logits.
 
     The matrix products run in the precision of the matrix (under ``torch.autocast`` in autocast's), scale,
     soft cap, softmax and loss in float32 (float64 for float64). Peak memory beside inputs and gradients is
-    one chunk of logits of one exit; a soft cap keeps a second one for its slope. Ignored positions are not
-    projected. Gradients can be fetched once: a second backward or a second derivative raises RuntimeError.
+    one chunk of logits of one exit; a soft cap keeps a second one for its slope, a teacher one of its own
+    distribution (and slope, if it is among the exits). Ignored positions are not projected. Gradients can be
+    fetched once: a second backward or a second derivative raises RuntimeError.
 
     Args:
         hidden: one ``[N, D]`` tensor per exit, normed.
@@ -89,8 +96,8 @@ def linear_cross_entropy(
         labels: ``[N]``, already shifted (:func:`shift_labels`).
         exit_weights: ``w_e``, one number per exit, constant. At 0 an exit is only measured.
         token_weights: ``u_en``: a tensor that broadcasts to ``[E, N]``, or a :data:`TokenWeights` function. It is
-            called for the exits of a chunk in their order before the next chunk starts, so that it can tell an
-            exit's weights from what it saw at the exits before. No gradient flows through it.
+            called for the exits of a chunk in their order, a teacher among them last, before the next chunk starts, so
+            that it can tell an exit's weights from what it saw at the exits before. No gradient flows through it.
         statistics: ``"basic"`` (loss, prediction, confidence) or ``"all"`` (margin and entropies as well).
             A function as ``token_weights`` sees at least the basic ones.
         normalizer: divisor of the loss; the number of valid labels if ``None``.
@@ -98,6 +105,9 @@ def linear_cross_entropy(
             and 2^27 on an accelerator.
         ignore_index: label of positions without loss.
         kernel: ``"cce"`` runs the cut-cross-entropy kernels on a GPU instead.
+        teacher: makes the loss of every other exit's token ``(1 - a) CE(label) + a CE(p_T, p_e)``, with ``p_T`` and the
+            share ``a`` of the teacher; see :class:`eetrain.objectives.teacher.Distillation`. The gradient of the raw
+            logits is ``p_e - (1 - a) onehot - a p_T``.
 
     Raises:
         ConfigError: the numbers of exits disagree, ``chunk_size`` is not positive, or the kernel cannot
@@ -118,15 +128,16 @@ def linear_cross_entropy(
     count = valid.sum()
     divisor = _divisor(normalizer, count, wide_dtype(hidden[0].dtype))
     if kernel == "cce":
-        cut_kernel.require_usable(hidden, projections, token_weights, statistics)
+        cut_kernel.require_usable(hidden, projections, token_weights, statistics, distils=teacher is not None)
         loss, sums_E = cut_kernel.losses(hidden, projections, labels, weights, token_weights, ignore_index)
         return LinearCEOutput(loss / divisor, sums_E / count.clamp(min=1), None, count)
-    run = _Run(hidden, projections, labels, weights, token_weights, statistics, ignore_index)
+    run = _Run(hidden, projections, labels, weights, token_weights, statistics, ignore_index, teacher)
     with torch.no_grad(), torch.autocast(hidden[0].device.type, enabled=False):
         for rows_C in _chunks(valid, chunk_size or _default_chunk(projections[0].weight)):
             run.add_chunk(rows_C)
     loss = run.store.attach(run.loss / divisor, divisor)
-    return LinearCEOutput(loss, run.sums_E / count.clamp(min=1), run.statistics, count)
+    divergences_E = None if teacher is None else run.divergences_E / count.clamp(min=1)
+    return LinearCEOutput(loss, run.sums_E / count.clamp(min=1), run.statistics, count, divergences_E)
 
 
 class _Run:
@@ -141,6 +152,7 @@ class _Run:
         token_weights: TokenWeights | Tensor | None,
         level: StatisticsLevel,
         ignore_index: int,
+        teacher: Teacher | None,
     ) -> None:
         shape = (len(hidden), len(labels))
         self.hidden, self.projections, self.labels, self.weights = hidden, projections, labels, weights
@@ -151,38 +163,68 @@ class _Run:
         else:
             self.weigh = token_weights
         self.level: StatisticsLevel = "basic" if level == "none" and self.weigh else level
+        self.teacher = teacher
         self.store = GradientStore(hidden, projections)
-        self.matrices = _cast_for_products(projections)
+        self.matrices = cast_for_products([*projections, *([] if teacher is None else [teacher.projection])])
         self.sums_E = torch.zeros(len(hidden), dtype=wide_dtype(hidden[0].dtype), device=labels.device)
+        self.divergences_E = torch.zeros_like(self.sums_E)
         self.loss = self.sums_E.new_zeros(())
         self.statistics: TokenStatistics | None = None
         if level != "none":
             self.statistics = TokenStatistics.blank(shape, level, ignore_index=ignore_index, like=self.sums_E)
 
     def add_chunk(self, rows_C: slice | Tensor) -> None:
-        """Account for the tokens ``rows_C`` at every exit, one exit's logits at a time."""
-        labels_C = self.labels[rows_C]
+        """Account for the tokens ``rows_C`` at every exit, one exit's logits at a time beside the teacher's."""
+        labels_C, own = self.labels[rows_C], None if self.teacher is None else self.teacher.place
+        reading = None if own is None else self._read(own, rows_C, labels_C, None)
+        targets = None if self.teacher is None else self._targets(self.teacher, reading, rows_C, labels_C)
         for index in range(len(self.hidden)):
-            self._add_exit(index, rows_C, labels_C)
+            if index != own:
+                self._add(index, self._read(index, rows_C, labels_C, targets), rows_C, labels_C)
+        if own is not None and reading is not None:
+            # Last, as its gradient takes the place of what the others learn from.
+            self._add(own, reading, rows_C, labels_C)
 
-    def _add_exit(self, index: int, rows_C: slice | Tensor, labels_C: Tensor) -> None:
-        head, matrix_VD = self.projections[index], self.matrices[id(self.projections[index].weight)]
-        states_CD = self.hidden[index].detach()[rows_C].to(matrix_VD.dtype)
-        trains = self.weights[index] != 0 and self.store.wanted_by(index, head)
-        logits_CV, slope_CV = _logits(states_CD, matrix_VD, head, keep_slope=trains)
-        nll_C, sum_C1, statistics = exponentiate_(logits_CV, labels_C, self.level)
-        weight_C = self._token_weights(index, rows_C, statistics)
-        self.sums_E[index] += nll_C.sum()
-        if self.weights[index] != 0:
-            weighted_C = nll_C if weight_C is None else nll_C * weight_C
-            self.loss += self.weights[index] * weighted_C.sum()
-        if self.statistics is not None and statistics is not None:
-            self.statistics.write(index, rows_C, statistics)
-        if trains:
-            factor = self.weights[index] * head.scale
-            factor_C = torch.full_like(nll_C, factor) if weight_C is None else weight_C * factor
-            grad_CV = _gradient_(logits_CV, sum_C1, labels_C, factor_C, slope_CV)
-            self.store.add(index, rows_C, head, matrix_VD, states_CD, grad_CV)
+    def _read(self, index: int, rows_C: slice | Tensor, labels_C: Tensor, targets: Targets | None) -> Reading:
+        head = self.projections[index]
+        return read(
+            self.hidden[index][rows_C],
+            self.matrices[id(head.weight)],
+            head,
+            labels_C,
+            level=self.level,
+            keep_slope=self._trains(index),
+            targets=targets,
+        )
+
+    def _targets(self, teacher: Teacher, reading: Reading | None, rows_C: slice | Tensor, labels_C: Tensor) -> Targets:
+        """What the teacher says of a chunk; its ``reading`` as a depth of the call is normalised and goes on."""
+        if reading is None:
+            head = teacher.projection
+            reading = read(teacher.hidden[rows_C], self.matrices[id(head.weight)], head, labels_C)
+        targets = Targets.take_(reading.exp_CV, reading.sum_C1, teacher.distillation)
+        reading.sum_C1 = torch.ones_like(reading.sum_C1)
+        return targets
+
+    def _add(self, index: int, reading: Reading, rows_C: slice | Tensor, labels_C: Tensor) -> None:
+        weight, weight_C = self.weights[index], self._token_weights(index, rows_C, reading.statistics)
+        self.sums_E[index] += reading.nll_C.sum()
+        if reading.targets is not None and reading.gap_C is not None:
+            self.divergences_E[index] += reading.targets.divergence(reading.nll_C, reading.gap_C).sum()
+        if weight != 0:
+            weighted_C = reading.loss_C if weight_C is None else reading.loss_C * weight_C
+            self.loss += weight * weighted_C.sum()
+        if self.statistics is not None and reading.statistics is not None:
+            self.statistics.write(index, rows_C, reading.statistics)
+        if self._trains(index):
+            head = self.projections[index]
+            factor = weight * head.scale
+            factor_C = torch.full_like(reading.nll_C, factor) if weight_C is None else weight_C * factor
+            grad_CV = reading.gradient_(labels_C, factor_C)
+            self.store.add(index, rows_C, head, reading.matrix_VD, reading.states_CD, grad_CV)
+
+    def _trains(self, index: int) -> bool:
+        return self.weights[index] != 0 and self.store.wanted_by(index, self.projections[index])
 
     def _token_weights(self, index: int, rows_C: slice | Tensor, statistics: TokenStatistics | None) -> Tensor | None:
         if self.weights_EN is not None:
@@ -191,46 +233,6 @@ class _Run:
             return None
         assert statistics is not None
         return self.weigh(statistics, index, rows_C).detach().to(self.sums_E.dtype)
-
-
-def _logits(
-    states_CD: Tensor, matrix_VD: Tensor, head: Projection, *, keep_slope: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Logits in softmax precision, and the derivative of the soft cap ``1 - tanh^2`` where it is needed."""
-    bias = None if head.bias is None else head.bias.detach().to(matrix_VD.dtype)
-    logits_CV = F.linear(states_CD, matrix_VD, bias)
-    logits_CV = logits_CV.to(wide_dtype(logits_CV.dtype))
-    if head.softcap is None:
-        return logits_CV if head.scale == 1.0 else logits_CV.mul_(head.scale), None
-    logits_CV.mul_(head.scale / head.softcap).tanh_()
-    slope_CV = logits_CV.square().neg_().add_(1) if keep_slope else None
-    return logits_CV.mul_(head.softcap), slope_CV
-
-
-def _gradient_(exp_CV: Tensor, sum_C1: Tensor, labels_C: Tensor, factor_C: Tensor, slope_CV: Tensor | None) -> Tensor:
-    """Turn ``exp(z - max z)`` into ``factor * (softmax(z) - onehot(label)) * slope``, in place."""
-    factor_C1 = factor_C[:, None]
-    grad_CV = exp_CV.mul_(factor_C1 / sum_C1)
-    grad_CV.scatter_add_(-1, labels_C[:, None], -factor_C1)
-    return grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
-
-
-def _cast_for_products(projections: Sequence[Projection]) -> dict[int, Tensor]:
-    """Each distinct matrix once, by identity, in the precision its products run in."""
-    matrices: dict[int, Tensor] = {}
-    for head in projections:
-        weight = head.weight
-        if id(weight) not in matrices:
-            matrices[id(weight)] = weight.detach().to(product_dtype(weight))
-    return matrices
-
-
-def product_dtype(weight: Tensor) -> torch.dtype:
-    """Precision of products with ``weight``: autocast's where it is on (it spares float64), else its own."""
-    device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def _chunks(valid_N: Tensor, size: int) -> list[slice | Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from eetrain.errors import ConfigError
 from eetrain.objectives.linear_ce import Kernel
 from eetrain.objectives.objective import FULL
+from eetrain.objectives.teacher import Distillation
 from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.objectives.weights import (
     ExitWeights,
@@ -36,9 +37,11 @@ class MultiExitCrossEntropy(WeightedSum):
         initial_weights: where they start, written like ``weights``; 0 (a warm-up) if left out.
         schedule_steps: optimizer steps until they are reached.
         kernel: ``"cce"`` uses the cut-cross-entropy GPU kernels for steps that ask for no statistics.
+        distillation: how exits learn from the full depth, whose own loss stays plain; from labels alone if left out.
 
     Raises:
-        ConfigError: ``full_weight`` is no weight, or the schedule is contradictory.
+        ConfigError: ``full_weight`` is no weight, the schedule is contradictory, or exits are to learn from a full
+            depth that nothing trains.
     """
 
     def __init__(
@@ -49,9 +52,16 @@ class MultiExitCrossEntropy(WeightedSum):
         initial_weights: ExitWeights | None = None,
         schedule_steps: int = 0,
         kernel: Kernel = "torch",
+        distillation: Distillation | None = None,
     ) -> None:
-        super().__init__(kernel=kernel)
+        super().__init__(kernel=kernel, distillation=distillation)
         self.full_weight = check_weight(full_weight, "full_weight")
+        if distillation is not None and full_weight == 0:
+            raise ConfigError(
+                "full_weight is 0, and exits are distilled from the full depth: nothing would train it while the "
+                "blocks beneath it change.",
+                hint="give the full depth a weight, or use EETuning, which leaves the backbone as it is.",
+            )
         self._settings = (weights, schedule, initial_weights, schedule_steps)
         check_schedule(schedule, initial_weights, schedule_steps)
         self._schedule = ExitWeightSchedule({}, {})

@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
+from eetrain.errors import ConfigError
 from eetrain.objectives.linear_ce import Kernel, TokenWeights, linear_cross_entropy, shift_labels
-from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, assemble, head_inputs
+from eetrain.objectives.objective import (
+    FULL,
+    HeadInputs,
+    Objective,
+    ObjectiveOutput,
+    assemble,
+    depth_name,
+    head_inputs,
+)
+from eetrain.objectives.teacher import Distillation, Teacher
 
 
 class WeightedSum(Objective):
@@ -20,12 +31,27 @@ class WeightedSum(Objective):
     Args:
         token_weights: ``u_ln`` from the exit's own statistics; 1 if left out.
         kernel: what computes the cross-entropies of steps that ask for no statistics.
+        distillation: how exits learn from the full depth, which must run then; from labels alone if left out.
+
+    Raises:
+        ConfigError: the kernel cannot distil.
     """
 
-    def __init__(self, token_weights: TokenWeights | None = None, kernel: Kernel = "torch") -> None:
+    def __init__(
+        self,
+        token_weights: TokenWeights | None = None,
+        kernel: Kernel = "torch",
+        distillation: Distillation | None = None,
+    ) -> None:
         super().__init__()
+        if distillation is not None and kernel == "cce":
+            raise ConfigError(
+                "kernel='cce' knows labels only, and distillation is on.",
+                hint="set kernel='torch', or leave distillation out.",
+            )
         self.token_weights = token_weights
         self.kernel: Kernel = kernel
+        self.distillation = distillation
 
     @abstractmethod
     def depth_weights(self, step: int) -> dict[int, float]:
@@ -37,7 +63,7 @@ class WeightedSum(Objective):
         """The loss of one batch; see :meth:`Objective.__call__`."""
         assert self.num_blocks, "bind the objective to a model first"
         weights = self.depth_weights(step)
-        return weighted_sum(output, labels_BT, weights, statistics, self.token_weights, self.kernel)
+        return weighted_sum(output, labels_BT, weights, statistics, self.token_weights, self.kernel, self.distillation)
 
 
 def weighted_sum(
@@ -47,6 +73,7 @@ def weighted_sum(
     statistics: bool = False,
     token_weights: TokenWeights | None = None,
     kernel: Kernel = "torch",
+    distillation: Distillation | None = None,
 ) -> ObjectiveOutput:
     """The sum of one batch.
 
@@ -57,17 +84,38 @@ def weighted_sum(
         statistics: also return token statistics.
         token_weights: see :class:`WeightedSum`.
         kernel: see :class:`WeightedSum`.
+        distillation: see :class:`WeightedSum`.
     """
     layers = tuple(weights)
-    hidden, projections = head_inputs(output, layers)
+    depths = layers if distillation is None or FULL in weights else (*layers, FULL)
+    hidden, projections = head_inputs(output, depths)
+    teacher = None
+    if distillation is not None:
+        place = layers.index(FULL) if FULL in weights else None
+        teacher = Teacher(hidden[depths.index(FULL)], projections[depths.index(FULL)], distillation, place)
     result = linear_cross_entropy(
-        hidden,
-        projections,
+        hidden[: len(layers)],
+        projections[: len(layers)],
         shift_labels(labels_BT),
         exit_weights=list(weights.values()),
         token_weights=token_weights,
         statistics="basic" if statistics else "none",
         kernel="torch" if statistics else kernel,
+        teacher=teacher,
     )
     logged = {layer: weight for layer, weight in weights.items() if layer != FULL}
-    return assemble(output, result.loss, result.exit_losses, layers, logged, result.statistics)
+    assembled = assemble(output, result.loss, result.exit_losses, layers, logged, result.statistics)
+    if result.divergences is None:
+        return assembled
+    distances = {distance_name(layer): result.divergences[row] for row, layer in enumerate(layers) if layer != FULL}
+    return replace(assembled, terms=assembled.terms | distances)
+
+
+def distils(objective: Objective) -> bool:
+    """Whether exits learn from the full depth."""
+    return isinstance(objective, WeightedSum) and objective.distillation is not None
+
+
+def distance_name(layer: int) -> str:
+    """How the term is called that says how far an exit is from the full depth it learns from, in nats."""
+    return f"distill/{depth_name(layer)}"

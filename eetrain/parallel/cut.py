@@ -55,7 +55,13 @@ def _summary(layers: Sequence[Piece]) -> str:
 
 
 def balanced_bounds(
-    model: MultiExitModel, stages: int, length: int, *, full_depth: bool, checkpointing: bool = False
+    model: MultiExitModel,
+    stages: int,
+    length: int,
+    *,
+    full_depth: bool,
+    checkpointing: bool = False,
+    distils: bool = False,
 ) -> tuple[int, ...]:
     """Bounds of stages that compute equally much, exits counted.
 
@@ -65,11 +71,12 @@ def balanced_bounds(
         length: tokens of a row.
         full_depth: whether the full depth is trained on.
         checkpointing: whether blocks run again in backward.
+        distils: whether exits learn from the full depth.
 
     Raises:
         TopologyError: more stages than blocks.
     """
-    costs = piece_costs(model, length, full_depth=full_depth)
+    costs = piece_costs(model, length, full_depth=full_depth, distils=distils)
     flops = [float(cost.step_flops(checkpointing=checkpointing)) for cost in costs]
     return partition([cost.piece for cost in costs], flops, stages)
 

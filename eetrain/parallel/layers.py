@@ -1,14 +1,14 @@
 """DeepSpeed's layers: one per piece of the model, each a thin skin around the real modules.
 
-What passes between them is the hidden state, and while exits learn under their gates the probability of not having left
-yet. That probability needs no gradient, so its bits travel as integers: the engine sends gradients of floats only.
+What passes between them is the hidden state, and what the task wants beside it.
 
-Shape suffixes: ``B`` rows, ``T`` positions, ``D`` hidden size, ``K`` cost weights.
+Shape suffixes: ``B`` rows, ``T`` positions, ``D`` hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,28 @@ from eetrain.parallel.injection import end, hold
 from eetrain.parallel.stage import MicroBatch, Stage
 from eetrain.planning.pieces import Piece
 
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
-_FLOATS = {integer: real for real, integer in _INTEGERS.items()}
-
 Travelling = Tensor | tuple[Tensor, Tensor]
 
 
-class Task(Protocol):
+class Task(ABC):
     """What happens at the depths while a batch passes."""
 
-    def visit(
-        self, stage: Stage, depth: int, hidden_BTD: Tensor, left_BTK: Tensor | None, micro: MicroBatch
-    ) -> tuple[Tensor, Tensor | None]:
-        """Look at a hidden state; returns it, perhaps with a loss injected, and the probability left."""
+    travels: bool = False
+    """Whether something travels beside the hidden state."""
 
-    def start(self, micro: MicroBatch) -> Tensor | None:
-        """The probability left before the first exit, or ``None`` if nothing needs it."""
+    @abstractmethod
+    def visit(
+        self, stage: Stage, depth: int, hidden_BTD: Tensor, beside: Tensor | None, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """Look at a hidden state; returns it, perhaps with a loss injected, and what travels beside it."""
+
+    def start(self, hidden_BTD: Tensor) -> Tensor | None:
+        """What travels beside the first hidden state: integers, or floats for which something comes back."""
+        return None
+
+    def leave(self, beside: Tensor | None, micro: MicroBatch) -> Tensor | None:
+        """What travels on from a stage that is not the last."""
+        return beside
 
 
 class Work:
@@ -51,23 +57,33 @@ class Work:
         """Let the task look at a depth."""
         assert self.task is not None
         assert self.micro is not None
-        hidden_BTD, left_BTK = unpack(travelling)
-        return pack(*self.task.visit(self.stage, depth, hidden_BTD, left_BTK, self.micro))
+        hidden_BTD, beside = unpack(travelling)
+        return pack(*self.task.visit(self.stage, depth, hidden_BTD, beside, self.micro))
+
+    def leave(self, travelling: Travelling) -> Travelling:
+        """End the stage, which is not the last."""
+        assert self.task is not None
+        assert self.micro is not None
+        hidden_BTD, beside = unpack(travelling)
+        return pack(hidden_BTD, self.task.leave(beside, self.micro))
 
 
-def pack(hidden_BTD: Tensor, left_BTK: Tensor | None) -> Travelling:
-    """What travels; floats come first, as the engine reuses its buffers by place."""
-    if left_BTK is None:
+def pack(hidden_BTD: Tensor, beside: Tensor | None) -> Travelling:
+    """What travels. Floats come before integers, as the engine reuses its buffers by place.
+
+    Of two floats the first gets its gradient first, and that is what the exits wait for.
+    """
+    if beside is None:
         return hidden_BTD
-    return hidden_BTD, left_BTK.contiguous().view(_INTEGERS[left_BTK.dtype])
+    return (beside, hidden_BTD) if beside.is_floating_point() else (hidden_BTD, beside)
 
 
 def unpack(travelling: Travelling) -> tuple[Tensor, Tensor | None]:
-    """The hidden state and the probability left."""
+    """The hidden state and what travels beside it."""
     if isinstance(travelling, Tensor):
         return travelling, None
-    hidden_BTD, bits_BTK = travelling
-    return hidden_BTD, bits_BTK.view(_FLOATS[bits_BTK.dtype])
+    first, last = travelling
+    return (last, first) if last.is_floating_point() else (first, last)
 
 
 class Layer(nn.Module):
@@ -100,7 +116,8 @@ class Embed(Layer):
         """Harvest from ids."""
         assert work.micro is not None
         assert work.task is not None
-        return pack(work.stage.begin(work.micro, None), work.task.start(work.micro))
+        hidden_BTD = work.stage.begin(work.micro, None)
+        return pack(hidden_BTD, work.task.start(hidden_BTD))
 
 
 class Block(Layer):
@@ -113,8 +130,8 @@ class Block(Layer):
     def run(self, work: Work, travelling: Travelling) -> Travelling:
         """Run the block; what travels beside the hidden state passes by."""
         assert work.micro is not None
-        hidden_BTD, left_BTK = unpack(travelling)
-        return pack(work.stage.run_block(self.layer, hidden_BTD, work.micro), left_BTK)
+        hidden_BTD, beside = unpack(travelling)
+        return pack(work.stage.run_block(self.layer, hidden_BTD, work.micro), beside)
 
 
 class Exit(Layer):
@@ -147,8 +164,8 @@ class Anchor(Layer):
 
     def run(self, work: Work, travelling: Travelling) -> Travelling:
         """Pass on."""
-        hidden_BTD, left_BTK = unpack(travelling)
-        return pack(hold(hidden_BTD, self.anchor), left_BTK)
+        hidden_BTD, beside = unpack(travelling)
+        return pack(hold(hidden_BTD, self.anchor), beside)
 
 
 def build_layer(work: Work, piece: Piece) -> Layer:

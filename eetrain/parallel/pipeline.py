@@ -100,7 +100,7 @@ class ExitPipeline(PipelineModule):
         if not self.stage.is_first:
             self.stage.begin(micro, unpack(travelling)[0])
         result: Travelling = super().forward(travelling)
-        return result
+        return result if self.stage.is_last else work.leave(result)
 
     def train(self, mode: bool = True) -> ExitPipeline:
         """A frozen backbone stays in evaluation mode."""

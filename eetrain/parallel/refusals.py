@@ -9,6 +9,7 @@ from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError
 from eetrain.exits import MultiExitModel
 from eetrain.objectives import JointGating
+from eetrain.objectives.weighted_sum import distils
 from eetrain.parallel.deepspeed_setup import EnginePrecision
 from eetrain.training import EarlyExitModule
 
@@ -58,6 +59,14 @@ def check_run(trainer: Trainer, module: LightningModule, zero_stage: int, precis
             "depths, so stages cannot add their parts.",
             hint="Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
             "eetrain.objectives.weighted_sum.WeightedSum.",
+        )
+    if distils(objective) and module.settings.exits.output == "own":
+        raise ConfigError(
+            f"The objective {type(objective).__name__} distils exits from the full depth, and with "
+            "model.exits.output=own the stages of a pipeline lack the backbone's output matrix, which makes a "
+            "distribution of the full depth's features.",
+            hint="Set model.exits.output=tied, or use a strategy without stages (ddp, or "
+            "eetrain.parallel.ZeroStrategy).",
         )
     if objective.schedule is not None and (zero_stage or precision != "float32"):
         raise ConfigError(

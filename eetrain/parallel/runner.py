@@ -19,7 +19,7 @@ from eetrain.objectives import FULL, JointGating, Objective
 from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
 from eetrain.objectives.objective import depth_name
 from eetrain.objectives.token_statistics import TokenStatistics
-from eetrain.objectives.weighted_sum import WeightedSum
+from eetrain.objectives.weighted_sum import WeightedSum, distance_name
 from eetrain.parallel.pipeline import ExitPipeline
 from eetrain.parallel.stage import MicroBatch
 from eetrain.parallel.tasks import Scores, SharedLosses, Sums, WeightedLosses
@@ -87,7 +87,7 @@ class PipelineRunner:
         check_micro_batches(self.micro_batches, len(batch["input_ids"]))
         num_tokens = self.over_replicas(_num_scored(batch))
         task = self._task(step, num_tokens)
-        self._begin(batch, task, self.micro_batches, active_LBT, travels=isinstance(task, SharedLosses))
+        self._begin(batch, task, self.micro_batches, active_LBT, travels=task.travels)
         self.pipeline.on_gradients = lambda: before_step(self._finish_gradients(task))
         self.engine.train_batch(self._feed())
 
@@ -103,7 +103,7 @@ class PipelineRunner:
         count = min(self.micro_batches, rows)
         batch, active_LBT = _filled(batch, active_LBT, -rows % count)
         task = Scores()
-        self._begin(batch, task, count, active_LBT, travels=False)
+        self._begin(batch, task, count, active_LBT, travels=task.travels)
         self.engine.eval_batch(self._feed(), num_micro_batches=count)
         labels_N = shift_labels(batch["labels"])
         depths = self._depths
@@ -131,8 +131,10 @@ class PipelineRunner:
         weights, scale = self.objective.depth_weights(step), float(self.topology.replicas)
         if weights is not None:
             of_sum = self.objective if isinstance(self.objective, WeightedSum) else None
-            token_weights, kernel = (of_sum.token_weights, of_sum.kernel) if of_sum else (None, "torch")
-            return WeightedLosses(weights, token_weights, kernel, num_tokens, scale)
+            if of_sum is None:
+                return WeightedLosses(weights, None, "torch", num_tokens, scale)
+            settings = of_sum.token_weights, of_sum.kernel
+            return WeightedLosses(weights, *settings, num_tokens, scale, of_sum.distillation)
         assert isinstance(self.objective, JointGating)
         return SharedLosses(self.model.gates_by_layer(), self.objective.num_cost_weights, num_tokens, scale)
 
@@ -158,17 +160,20 @@ class PipelineRunner:
         for tie in self.pipeline.ties:
             if tie.parameter.grad is None:
                 tie.parameter.grad = torch.zeros_like(tie.parameter)
-        loss, nll = self._totals(task.sums, task.num_tokens)
+        loss, nll, divergence = self._totals(task.sums, task.num_tokens)
         means = {f"ce/{depth_name(depth)}": nll[depth] for depth in self._depths if depth in self._trained_depths(task)}
         if isinstance(task, WeightedLosses):
             exits = {depth: weight for depth, weight in task.weights.items() if depth != FULL}
             means |= {f"weight/{depth_name(d)}": loss.new_tensor(w) for d, w in exits.items()}
+            if task.distillation is not None:
+                means |= {distance_name(depth): divergence[depth] for depth in exits}
         else:
             unweighted = sum(nll.values(), loss.new_zeros(()))
             if loss > 0:
                 self._scale_gradients(unweighted / loss)
             loss = unweighted
         local = {f"ce/{depth_name(depth)}": total for depth, total in task.sums.nll.items()}
+        local |= {distance_name(depth): total for depth, total in task.sums.divergence.items()}
         here = {} if task.sums.loss is None else {TOTAL: task.sums.loss}
         return StepTerms({TOTAL: loss.float(), **means}, {**here, **local})
 
@@ -193,15 +198,16 @@ class PipelineRunner:
             if grad is not None:
                 grad.mul_(factor.to(grad.dtype))
 
-    def _totals(self, sums: Sums, num_tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The loss and every depth's mean cross-entropy, over all stages and replicas."""
+    def _totals(self, sums: Sums, num_tokens: Tensor) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+        """The loss, every depth's mean cross-entropy and divergence, over all stages and replicas."""
         depths = self._depths
         like = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
-        values = [sums.loss, *(sums.nll.get(depth) for depth in depths)]
+        values = [sums.loss, *(by_depth.get(depth) for by_depth in (sums.nll, sums.divergence) for depth in depths)]
         total = torch.stack([like if value is None else value.to(like) for value in values])
         dist.all_reduce(total)
         total[1:] /= num_tokens.clamp(min=1)
-        return total[0], dict(zip(depths, total[1:], strict=True))
+        nll, divergence = total[1:].view(2, -1)
+        return total[0], dict(zip(depths, nll, strict=True)), dict(zip(depths, divergence, strict=True))
 
     def _gathered(self, task: Scores, depths: Sequence[int], num_tokens: int) -> TokenStatistics:
         """Statistics of all stages; each fills in its rows, and the sum is over one of them and zeros."""

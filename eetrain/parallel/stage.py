@@ -36,6 +36,7 @@ class MicroBatch:
         attention_mask: ``[B, T]`` or ``None``.
         position_ids: ``[B, T]`` or ``None``.
         active_LBT: where each block runs, or ``None`` for everywhere.
+        teacher_BTD: normed features of the full depth, in backward, if exits are distilled from it.
     """
 
     place: int
@@ -46,6 +47,7 @@ class MicroBatch:
     active_LBT: Tensor | None = None
     harvest: Harvest | None = None
     run: RunBlocks | None = None
+    teacher_BTD: Tensor | None = None
 
 
 class Stage:

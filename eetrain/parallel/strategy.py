@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eetrain.errors import EETrainError, TopologyError
 from eetrain.objectives import JointGating, ObjectiveOutput
+from eetrain.objectives.weighted_sum import distils
 from eetrain.parallel.checkfree import Power
 from eetrain.parallel.cut import Cut, balanced_bounds, cut
 from eetrain.parallel.deepspeed_setup import EnginePrecision, engine_config, load_deepspeed, start_engine
@@ -326,6 +327,7 @@ class PipelineStrategy(EngineStrategy):
             length,
             full_depth=self._module.objective.needs_full_depth(),
             checkpointing=self._module.activation_checkpointing,
+            distils=distils(self._module.objective),
         )
         self._cut = cut(model, bounds, topology, self.global_rank)
 

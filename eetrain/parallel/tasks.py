@@ -1,5 +1,8 @@
 """What happens at exits and full depth while a batch passes through a pipeline.
 
+While exits learn under their gates, the probability of not having left yet travels beside the hidden state. It needs no
+gradient, so its bits travel as integers: the engine sends gradients of floats only.
+
 Shape suffixes: ``B`` rows, ``T`` positions, ``N = B * T`` tokens, ``D`` hidden size, ``K`` cost weights.
 """
 
@@ -22,9 +25,15 @@ from eetrain.objectives.linear_ce import (
     TokenWeights,
     linear_cross_entropy,
 )
+from eetrain.objectives.teacher import Distillation, Teacher
 from eetrain.objectives.token_statistics import StatisticsLevel, TokenStatistics
 from eetrain.parallel.injection import inject
+from eetrain.parallel.layers import Task
 from eetrain.parallel.stage import MicroBatch, Stage
+from eetrain.parallel.teaching import carrier_like, relay, teach
+
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+_FLOATS = {integer: real for real, integer in _INTEGERS.items()}
 
 
 @dataclass
@@ -33,10 +42,12 @@ class Sums:
 
     Args:
         nll: by depth, the sum of its cross-entropies over tokens.
+        divergence: by exit that is distilled, the sum of ``KL(p_T || p_e)`` over tokens.
         loss: the sum of what the objective makes of them, divided by the tokens of the step.
     """
 
     nll: dict[int, Tensor] = field(default_factory=dict)
+    divergence: dict[int, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
 
     def add(self, depth: int, nll: Tensor, loss: Tensor) -> None:
@@ -44,9 +55,16 @@ class Sums:
         self.nll[depth] = self.nll[depth] + nll if depth in self.nll else nll
         self.loss = loss if self.loss is None else self.loss + loss
 
+    def add_divergence(self, depth: int, divergence: Tensor) -> None:
+        """Add a micro-batch of an exit that is distilled."""
+        seen = self.divergence
+        seen[depth] = seen[depth] + divergence if depth in seen else divergence
 
-class WeightedLosses:
-    """Injects ``w_l`` times the cross-entropy of every depth that has a weight.
+
+class WeightedLosses(Task):
+    """Injects ``w_l`` times the loss of every depth that has a weight.
+
+    Exits that are distilled get the full depth's features in backward; see :mod:`eetrain.parallel.teaching`.
 
     Args:
         weights: by depth.
@@ -54,6 +72,7 @@ class WeightedLosses:
         kernel: see there.
         num_tokens: scored tokens of the step, over all micro-batches and replicas.
         scale: of the injected gradients; the engine averages them over the replicas.
+        distillation: see :class:`eetrain.objectives.weighted_sum.WeightedSum`.
     """
 
     def __init__(
@@ -63,22 +82,36 @@ class WeightedLosses:
         kernel: Kernel,
         num_tokens: Tensor,
         scale: float,
+        distillation: Distillation | None = None,
     ) -> None:
         self.weights, self.token_weights, self.kernel = weights, token_weights, kernel
-        self.num_tokens, self.scale = num_tokens, scale
+        self.num_tokens, self.scale, self.distillation = num_tokens, scale, distillation
+        self.travels = distillation is not None
         self.sums = Sums()
 
-    def start(self, micro: MicroBatch) -> Tensor | None:
-        """Nothing travels."""
-        return None
+    def start(self, hidden_BTD: Tensor) -> Tensor | None:
+        """The carrier of the teacher, if exits are distilled."""
+        return carrier_like(hidden_BTD) if self.travels else None
+
+    def leave(self, beside: Tensor | None, micro: MicroBatch) -> Tensor | None:
+        """Wait for the teacher."""
+        return None if beside is None else relay(beside, micro)
 
     def visit(
-        self, stage: Stage, depth: int, hidden_BTD: Tensor, left_BTK: Tensor | None, micro: MicroBatch
+        self, stage: Stage, depth: int, hidden_BTD: Tensor, beside: Tensor | None, micro: MicroBatch
     ) -> tuple[Tensor, Tensor | None]:
-        """Inject the depth's loss."""
-        if depth not in self.weights:
-            return hidden_BTD, left_BTK
+        """Inject the depth's loss; the full depth teaches."""
+        if depth in self.weights:
+            hidden_BTD = self._injected(stage, depth, hidden_BTD, micro)
+        if depth == FULL and beside is not None:
 
+            def features(last_BTD: Tensor) -> Tensor:
+                return stage.features(FULL, last_BTD, micro)[0].view_as(last_BTD)
+
+            hidden_BTD = teach(hidden_BTD, beside, features, micro)
+        return hidden_BTD, beside
+
+    def _injected(self, stage: Stage, depth: int, hidden_BTD: Tensor, micro: MicroBatch) -> Tensor:
         def loss(hidden_BTD: Tensor) -> Tensor:
             result = _cross_entropy(
                 stage,
@@ -89,12 +122,20 @@ class WeightedLosses:
                 token_weights=self._placed(depth),
                 num_tokens=self.num_tokens,
                 kernel=self.kernel,
+                teacher=self._teacher(stage, depth, micro),
             )
             self.sums.add(depth, result.exit_losses[0] * result.num_tokens, result.loss.detach())
+            if result.divergences is not None:
+                self.sums.add_divergence(depth, result.divergences[0] * result.num_tokens)
             return result.loss * self.scale
 
-        trained = stage.trained_at(depth)
-        return inject(hidden_BTD, loss, trained, through=not stage.frozen), left_BTK
+        return inject(hidden_BTD, loss, stage.trained_at(depth), through=not stage.frozen)
+
+    def _teacher(self, stage: Stage, depth: int, micro: MicroBatch) -> Teacher | None:
+        if self.distillation is None or depth == FULL:
+            return None
+        assert micro.teacher_BTD is not None, "the teacher comes back before the gradient of the hidden state"
+        return Teacher(micro.teacher_BTD.flatten(0, 1), stage.model.shared_tail()[1], self.distillation)
 
     def _placed(self, depth: int) -> TokenWeights | None:
         """The token weights, told the depth's place among all depths and not that on this stage."""
@@ -105,7 +146,7 @@ class WeightedLosses:
         return lambda statistics, _, rows_C: weigh(statistics, place, rows_C)
 
 
-class SharedLosses:
+class SharedLosses(Task):
     """Injects the cross-entropy of every token at every depth, times the probability that it leaves there.
 
     The probability of not having left yet travels with the hidden state. An exit's statistics, which its gate decides
@@ -118,14 +159,16 @@ class SharedLosses:
         scale: see there.
     """
 
+    travels = True
+
     def __init__(self, gates: Mapping[int, Gate], num_cost_weights: int, num_tokens: Tensor, scale: float) -> None:
         self.gates, self.num_cost_weights = gates, num_cost_weights
         self.num_tokens, self.scale = num_tokens, scale
         self.sums = Sums()
 
-    def start(self, micro: MicroBatch) -> Tensor | None:
+    def start(self, hidden_BTD: Tensor) -> Tensor | None:
         """Everything is left."""
-        return torch.ones(*micro.input_ids.shape, self.num_cost_weights, device=micro.input_ids.device)
+        return _bits(torch.ones(*hidden_BTD.shape[:2], self.num_cost_weights, device=hidden_BTD.device))
 
     @torch.no_grad()
     def _shares(
@@ -147,11 +190,11 @@ class SharedLosses:
         return share_N, after_NK.view_as(left_BTK)
 
     def visit(
-        self, stage: Stage, depth: int, hidden_BTD: Tensor, left_BTK: Tensor | None, micro: MicroBatch
+        self, stage: Stage, depth: int, hidden_BTD: Tensor, beside: Tensor | None, micro: MicroBatch
     ) -> tuple[Tensor, Tensor | None]:
         """Take the depth's share of what is left, and inject its loss."""
-        assert left_BTK is not None
-        share_N, left_BTK = self._shares(stage, depth, hidden_BTD, left_BTK, micro)
+        assert beside is not None
+        share_N, left_BTK = self._shares(stage, depth, hidden_BTD, beside.view(_FLOATS[beside.dtype]), micro)
 
         def loss(hidden_BTD: Tensor) -> Tensor:
             result = _cross_entropy(
@@ -159,27 +202,23 @@ class SharedLosses:
             )
             return result.loss * self.scale
 
-        return inject(hidden_BTD, loss, stage.trained_at(depth), through=not stage.frozen), left_BTK
+        return inject(hidden_BTD, loss, stage.trained_at(depth), through=not stage.frozen), _bits(left_BTK)
 
 
-class Scores:
+class Scores(Task):
     """Keeps all statistics of every depth; for passes without autograd."""
 
     def __init__(self) -> None:
         self.found: dict[int, list[TokenStatistics]] = {}
 
-    def start(self, micro: MicroBatch) -> Tensor | None:
-        """Nothing travels."""
-        return None
-
     def visit(
-        self, stage: Stage, depth: int, hidden_BTD: Tensor, left_BTK: Tensor | None, micro: MicroBatch
+        self, stage: Stage, depth: int, hidden_BTD: Tensor, beside: Tensor | None, micro: MicroBatch
     ) -> tuple[Tensor, Tensor | None]:
         """Measure the depth."""
         result = _cross_entropy(stage, depth, hidden_BTD, micro, level="all")
         assert result.statistics is not None
         self.found.setdefault(depth, []).append(result.statistics)
-        return hidden_BTD, left_BTK
+        return hidden_BTD, beside
 
 
 def _cross_entropy(
@@ -193,6 +232,7 @@ def _cross_entropy(
     level: StatisticsLevel = "none",
     num_tokens: Tensor | None = None,
     kernel: Kernel = "torch",
+    teacher: Teacher | None = None,
 ) -> LinearCEOutput:
     features_ND, projection = stage.features(depth, hidden_BTD, micro)
     return linear_cross_entropy(
@@ -205,4 +245,9 @@ def _cross_entropy(
         normalizer=num_tokens,
         ignore_index=IGNORE_INDEX,
         kernel=kernel,
+        teacher=teacher,
     )
+
+
+def _bits(left_BTK: Tensor) -> Tensor:
+    return left_BTK.contiguous().view(_INTEGERS[left_BTK.dtype])

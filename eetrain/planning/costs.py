@@ -67,7 +67,9 @@ class PieceCost:
         return sum(weight.size for weight in self.weights if weight.trained)
 
 
-def piece_costs(model: MultiExitModel, length: int, *, full_depth: bool = True) -> tuple[PieceCost, ...]:
+def piece_costs(
+    model: MultiExitModel, length: int, *, full_depth: bool = True, distils: bool = False
+) -> tuple[PieceCost, ...]:
     """Costs of all pieces in their order, for one row of ``length`` tokens.
 
     With ``A`` the multiply-adds of a piece (see :mod:`eetrain.planning.matrices`), forward is ``2 A``. Backward is
@@ -82,6 +84,7 @@ def piece_costs(model: MultiExitModel, length: int, *, full_depth: bool = True) 
         model: the backbone with its exits; ``requires_grad`` says what is trained.
         length: tokens of the row, with a label each.
         full_depth: whether the full depth has a loss, too. If not, blocks behind the deepest exit cost nothing.
+        distils: whether exits learn from the full depth: each computes the full depth's logits as well.
 
     Raises:
         UnsupportedModelError: a mixture of experts that does not say how many of them a token runs.
@@ -100,6 +103,8 @@ def piece_costs(model: MultiExitModel, length: int, *, full_depth: bool = True) 
         if moves:
             backward += forward + 2 * products
         output_bytes = 0 if piece.kind == "tail" else counter.hidden_bytes
+        if distils and piece.kind == "exit":
+            forward += counter.teacher_flops
         costs.append(PieceCost(piece, runs * forward, runs * backward, weights, output_bytes))
         if piece.kind in ("embed", "block"):
             trained_before |= any(weight.trained for weight in weights)
@@ -118,6 +123,11 @@ class _Counter:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         first = next(model.backbone.parameters())
         self.hidden_bytes = length * model.anatomy.hidden_size * first.element_size()
+
+    @property
+    def teacher_flops(self) -> int:
+        """Logits of the full depth."""
+        return 2 * sum(matrix.multiply_adds for matrix in self._matrices(self.head))
 
     def work(self, piece: Piece) -> tuple[list[Matrix], int]:
         """Products with matrices, and multiply-adds of attention's own."""

@@ -4,7 +4,7 @@ import pytest
 from pipeline_support import Case, Fitted, assert_same, fit, merged
 
 from eetrain.exits import GateConfig
-from eetrain.objectives import EETuning, JointGating, MultiExitCrossEntropy, SkipDecode
+from eetrain.objectives import Distillation, EETuning, JointGating, MultiExitCrossEntropy, SkipDecode
 from eetrain.testing.processes import run_on_processes
 
 
@@ -18,6 +18,14 @@ def by_place():
     objective = MultiExitCrossEntropy([0.1, 0.25, 0.5])
     objective.token_weights = lambda statistics, place, rows_C: statistics.max_prob * (place + 1)
     return objective
+
+
+def self_supervised(**settings):
+    return lambda: EETuning([0.5, 1.0, 2.0], distillation=Distillation(**settings))
+
+
+def distilled(**settings):
+    return lambda: MultiExitCrossEntropy([0.1, 0.25, 0.5], distillation=Distillation(**settings))
 
 
 GATES = GateConfig([0.2, 2.0], hidden=3, position_length=8)
@@ -86,6 +94,34 @@ CASES = {
         clip=0.3,
         strategy={"zero_stage": 1},
     ),
+    "distilled, tied embeddings, clipped": Case(
+        changes={"tie_word_embeddings": True}, exits={"head": "tied"}, objective=distilled(share=0.6), clip=0.3
+    ),
+    "self-supervised, packed": Case(objective=self_supervised(), tuning="frozen", exits={"head": "mlp"}, packed=True),
+    # The last exit stands where the full depth does.
+    "self-supervised by a few tokens, block heads, soft cap": Case(
+        "gemma2", objective=self_supervised(top_k=5), tuning="frozen", exits={"head": "block", "layers": [1, 2, 4]}
+    ),
+    "self-supervised, one exit at the start": Case(
+        "gpt2",
+        objective=lambda: EETuning(distillation=Distillation(share=0.5), confidence_weights=True),
+        tuning="frozen",
+        exits={"layers": [1]},
+        dropout=0.5,
+    ),
+    "distilled, lora, recomputed": Case(
+        objective=distilled(share=0.5, top_k=7), tuning="lora", module={"activation_checkpointing": True}, clip=0.3
+    ),
+    "distilled, zero 1": Case("qwen3", objective=distilled(), clip=0.3, strategy={"zero_stage": 1}),
+    "distilled, bfloat16": Case(
+        objective=distilled(share=0.5), exits={"head": "mlp"}, strategy={"precision": "bfloat16"}
+    ),
+    "self-supervised, bfloat16, zero 1": Case(
+        objective=self_supervised(),
+        tuning="frozen",
+        exits={"head": "mlp"},
+        strategy={"precision": "bfloat16", "zero_stage": 1},
+    ),
     "bfloat16": Case(exits={"output": "own"}, strategy={"precision": "bfloat16"}),
     "bfloat16, zero 1": Case(exits={"head": "mlp"}, strategy={"precision": "bfloat16", "zero_stage": 1}),
     "gates, bfloat16": Case(
@@ -103,8 +139,9 @@ QUICK = {
         "gates",
         "skipdecode, a block rests",
         "bfloat16",
+        "self-supervised, packed",
     ],
-    "2x2": ["norm heads, packed", "gates", "zero 1"],
+    "2x2": ["norm heads, packed", "gates", "zero 1", "distilled, tied embeddings, clipped"],
 }
 SIZES = {"pp1": (1, 1), "pp2": (2, 2), "pp3": (3, 3), "pp4": (4, 4), "2x2": (4, 2), "1x2": (2, 1)}
 

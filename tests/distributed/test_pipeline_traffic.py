@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from eetrain.exits import ExitConfig, GateConfig, MultiExitModel
-from eetrain.objectives import EETuning, JointGating, MultiExitCrossEntropy
+from eetrain.objectives import Distillation, EETuning, JointGating, MultiExitCrossEntropy
 from eetrain.testing.processes import run_on_processes
 from eetrain.testing.tiny import tiny_model
 
@@ -27,6 +27,8 @@ VARIANTS = {
     "tied exits": (ExitConfig(layers=MIDDLE, head="tied"), MULTI_EXIT, 0),
     "own exits on every stage": (ExitConfig(layers=[1, 3, 5, 7], head="mlp", output="own"), MULTI_EXIT, 0),
     "frozen": (ExitConfig(layers=MIDDLE, head="norm"), EETuning, 0),
+    "distilled": (ExitConfig(layers=MIDDLE, head="tied"), partial(MULTI_EXIT, distillation=Distillation()), 0),
+    "self-supervised": (ExitConfig(layers=MIDDLE, head="norm"), partial(EETuning, distillation=Distillation()), 0),
     "without the full depth": (ExitConfig(layers=[1, 3]), partial(MULTI_EXIT, full_weight=0.0), 0),
     "exits in their phase": (
         ExitConfig(layers=MIDDLE, head="tied", gates=GateConfig(GATES)),
@@ -190,11 +192,22 @@ def test_exits_that_learn_under_their_gates_send_the_probability_left_as_well(of
         assert MASS_BYTES == ROWS * LENGTH * 4 * 2, "a float32 for every token and cost weight"
 
 
+@pytest.mark.parametrize("variant", ["distilled", "self-supervised"])
+def test_exits_that_are_distilled_cost_a_second_tensor_of_that_size_each_way_and_nothing_else(variant, of_stages):
+    for stage, results in enumerate(of_stages):
+        found = results[variant]
+        assert messages_to(found, stage + 1) == [HIDDEN_BYTES] * 2 * MICRO_BATCHES * (stage < STAGES - 1)
+        assert messages_to(found, stage - 1) == [HIDDEN_BYTES] * 2 * MICRO_BATCHES * (stage > 0)
+        # The teacher always says something; behind a frozen backbone the other gradient does not.
+        learns = [True, variant == "distilled"]
+        assert found["news"] == learns * MICRO_BATCHES * (stage > 0)
+
+
 def most_kept(of_stages, variant):
     return max(results[variant]["kept"] for results in of_stages)
 
 
-@pytest.mark.parametrize("variant", ["tied exits", "own exits on every stage", "exits in their phase"])
+@pytest.mark.parametrize("variant", ["tied exits", "own exits on every stage", "exits in their phase", "distilled"])
 def test_exits_keep_no_activations(variant, of_stages):
     assert most_kept(of_stages, variant) <= 1.05 * most_kept(of_stages, "no exits")
     for results in of_stages:

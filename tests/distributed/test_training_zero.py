@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, GateConfig, MultiExitModel
-from eetrain.objectives import EETuning, JointGating, MultiExitCrossEntropy, SkipDecode, linear_ce
+from eetrain.objectives import Distillation, EETuning, JointGating, MultiExitCrossEntropy, SkipDecode, linear_ce
 from eetrain.parallel import ZeroStrategy
 from eetrain.testing.processes import run_on_processes
 from eetrain.testing.tiny import tiny_model
@@ -39,6 +39,12 @@ CASES = {
     "tied embeddings": {"exits": {"head": "tied"}, "changes": {"tie_word_embeddings": True}},
     "without the full depth": {"objective": lambda: MultiExitCrossEntropy(full_weight=0.0)},
     "frozen": {"objective": EETuning, "tuning": "frozen", "exits": {"head": "mlp", "output": "own"}},
+    "self-supervised": {
+        "objective": lambda: EETuning(distillation=Distillation()),
+        "tuning": "frozen",
+        "exits": {"head": "mlp", "output": "own"},
+    },
+    "distilled": {"objective": lambda: MultiExitCrossEntropy([0.25, 0.5], distillation=Distillation(0.5, top_k=7))},
     "lora, recomputed": {"tuning": "lora", "module": {"activation_checkpointing": True}},
     "recomputed": {"module": {"activation_checkpointing": True}},
     "soft cap": {"family": "gemma2"},

@@ -16,6 +16,7 @@ names = [str(path.relative_to(ROOT / "recipes")) for path in RECIPES]
 def test_their_number():
     assert names == [
         "e2e/ee_tuning.yaml",
+        "e2e/eesd.yaml",
         "e2e/joint_gating.yaml",
         "e2e/multi_exit.yaml",
         "e2e/skipdecode.yaml",

@@ -14,6 +14,7 @@ from eetrain.backbones.projection import Projection
 from eetrain.exits import Gate, GateConfig
 from eetrain.objectives import JointGating, linear_ce
 from eetrain.objectives.linear_ce import linear_cross_entropy
+from eetrain.objectives.teacher import Distillation, Teacher
 
 
 class Recorder(TorchDispatchMode):
@@ -61,13 +62,20 @@ class Recorder(TorchDispatchMode):
             self.watched_live -= 1
 
 
-def record(num_exits, *, vocabulary, width, tokens, chunk, level="none", softcap=None, valid=None):
+def record(
+    num_exits, *, vocabulary, width, tokens, chunk, level="none", softcap=None, valid=None, how=None, among=False
+):
+    """Of a call with tied exits; with ``how`` they learn from a teacher, which may be ``among`` them."""
     torch.manual_seed(0)
     head = Projection(torch.randn(vocabulary, width, requires_grad=True), softcap=softcap)
     hidden = [torch.randn(tokens, width, requires_grad=True) for _ in range(num_exits)]
     labels = torch.randint(0, vocabulary, (tokens,))
     if valid is not None:
         labels[valid:] = -100
+    teacher = None
+    if how is not None:
+        states = hidden[-1] if among else torch.randn(tokens, width)
+        teacher = Teacher(states, head, how, num_exits - 1 if among else None)
     with Recorder(chunk * vocabulary * 4) as recorder:
         out = linear_cross_entropy(
             hidden,
@@ -76,6 +84,7 @@ def record(num_exits, *, vocabulary, width, tokens, chunk, level="none", softcap
             exit_weights=[1.0] * num_exits,
             statistics=level,
             chunk_size=chunk,
+            teacher=teacher,
         )
         out.loss.backward()
     assert head.weight.grad is not None
@@ -120,6 +129,37 @@ def test_four_tied_exits_need_no_more_memory_than_one():
     assert one >= logits + gradient
     assert four <= 1.10 * one
     assert four <= 1.10 * (logits + gradient)
+
+
+SIZES = {"vocabulary": 4096, "width": 16, "tokens": 64, "chunk": 8}
+
+
+def test_a_teacher_is_one_more_chunk_and_one_more_product():
+    recorder = record(4, **SIZES, how=Distillation(0.5))
+    assert recorder.watched_peak == 2
+    assert recorder.watched_made == (4 + 1) * 64 // 8
+    assert recorder.largest == 16 * 4096 * 4
+
+
+def test_a_teacher_among_the_exits_has_its_logits_computed_once():
+    recorder = record(4, **SIZES, how=Distillation(0.5), among=True)
+    assert recorder.watched_peak == 2
+    assert recorder.watched_made == 4 * 64 // 8
+    assert recorder.largest == 16 * 4096 * 4
+
+
+def test_of_a_teacher_outside_only_the_kept_tokens_stay():
+    recorder = record(4, **SIZES, how=Distillation(0.5, top_k=8))
+    assert recorder.watched_peak == 1
+    assert recorder.watched_made == (4 + 1) * 64 // 8
+
+
+def test_four_exits_with_a_teacher_need_no_more_memory_than_one():
+    sizes = {"vocabulary": 128_000, "width": 16, "tokens": 64, "chunk": 16}
+    one, four = (record(exits, **sizes, how=Distillation()).peak for exits in (1, 4))
+    logits = gradient = 128_000 * 16 * 4
+    assert four <= 1.10 * one
+    assert 2 * logits + gradient <= four <= 1.15 * (2 * logits + gradient)
 
 
 @dataclass(frozen=True)

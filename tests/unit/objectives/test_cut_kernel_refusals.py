@@ -10,8 +10,10 @@ import torch
 from eetrain.backbones.projection import Projection
 from eetrain.errors import ConfigError
 from eetrain.objectives.linear_ce import linear_cross_entropy
+from eetrain.objectives.teacher import Distillation, Teacher
 
 HIDDEN, WEIGHT, LABELS = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
+TEACHER = Teacher(HIDDEN, Projection(WEIGHT), Distillation())
 
 
 def call(head=None, **settings):
@@ -23,6 +25,7 @@ def call(head=None, **settings):
     [
         (None, {"statistics": "basic"}, "computes no token statistics .statistics='basic'."),
         (None, {"token_weights": lambda s: s.max_prob}, "cannot weight tokens by their own confidence"),
+        (None, {"teacher": TEACHER}, "knows labels only, and exits are distilled from the full depth"),
         (Projection(WEIGHT, scale=0.5), {}, "cannot scale logits"),
         (Projection(WEIGHT, bias=torch.zeros(5)), {}, "knows no bias"),
     ],

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from eetrain.backbones.projection import Projection
 from eetrain.errors import ConfigError
-from eetrain.objectives import FULL, EETuning, MultiExitCrossEntropy, score
+from eetrain.objectives import FULL, Distillation, EETuning, MultiExitCrossEntropy, score
 
 VOCABULARY, WIDTH, BLOCKS, LAYERS = 29, 12, 4, (1, 3)
 
@@ -292,6 +292,21 @@ def test_needs_full_depth_follows_the_weight():
         (lambda: EETuning(), (), r"EETuning trains nothing: exits are \[\]"),
         (lambda: EETuning(weights=0.0), LAYERS, r"EETuning trains nothing: exits are \[1, 3\], weights 0.0"),
         (lambda: EETuning(confidence_weights=True, kernel="cce"), LAYERS, "kernel='cce' computes no confidence"),
+        (lambda: EETuning(kernel="cce", distillation=Distillation()), LAYERS, "kernel='cce' knows labels only"),
+        (
+            lambda: MultiExitCrossEntropy(kernel="cce", distillation=Distillation()),
+            LAYERS,
+            "kernel='cce' knows labels only, and distillation is on.",
+        ),
+        (
+            lambda: MultiExitCrossEntropy(full_weight=0.0, distillation=Distillation()),
+            LAYERS,
+            "full_weight is 0, and exits are distilled from the full depth: nothing would train it",
+        ),
+        (lambda: Distillation(share=0.0), LAYERS, "distillation.share is 0.0"),
+        (lambda: Distillation(share=1.5), LAYERS, "distillation.share is 1.5"),
+        (lambda: Distillation(share=float("nan")), LAYERS, "distillation.share is nan"),
+        (lambda: Distillation(top_k=0), LAYERS, "distillation.top_k is 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_training(build, layers, message):

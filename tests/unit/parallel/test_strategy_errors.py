@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from eetrain.errors import ConfigError, TopologyError
 from eetrain.exits import ExitConfig
-from eetrain.objectives import EETuning, MultiExitCrossEntropy, Objective, SkipDecode
+from eetrain.objectives import Distillation, EETuning, MultiExitCrossEntropy, Objective, SkipDecode
 from eetrain.parallel import PipelineStrategy
 from eetrain.testing.tiny import tiny_config
 from eetrain.training import EarlyExitModule
@@ -42,11 +42,11 @@ class Rows(lightning.LightningDataModule):
     predict_dataloader = train_dataloader
 
 
-def module(objective=MultiExitCrossEntropy, tuning="full", exits=(1, 2), **backbone):
+def module(objective=MultiExitCrossEntropy, tuning="full", exits=(1, 2), output="tied", **backbone):
     """Not built yet, as from a configuration."""
     source = {"path": "nowhere"} if "load" in backbone else {"config": tiny_config("llama").to_dict()}
     settings = BackboneConfig(**source, **backbone)
-    return EarlyExitModule(settings, ExitConfig(layers=list(exits)), objective(), tuning)
+    return EarlyExitModule(settings, ExitConfig(layers=list(exits), output=output), objective(), tuning)
 
 
 def refused(built, strategy=None, verb="fit", batch_size=4, **trainer):
@@ -128,6 +128,14 @@ def refused(built, strategy=None, verb="fit", batch_size=4, **trainer):
             "add their parts.",
             "Use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy), or derive the objective from "
             "eetrain.objectives.weighted_sum.WeightedSum.",
+        ),
+        (
+            functools.partial(module, lambda: EETuning(distillation=Distillation()), "frozen", output="own"),
+            {},
+            ConfigError,
+            "The objective EETuning distils exits from the full depth, and with model.exits.output=own the stages of a "
+            "pipeline lack the backbone's output matrix, which makes a distribution of the full depth's features.",
+            "Set model.exits.output=tied, or use a strategy without stages (ddp, or eetrain.parallel.ZeroStrategy).",
         ),
         (
             functools.partial(module, lambda: SkipDecode("static:3", prompt_tokens=2), exits=()),

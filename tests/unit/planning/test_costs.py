@@ -66,6 +66,20 @@ def test_forward_and_backward_are_what_torch_counts(family):
     assert sum(cost.backward_flops for cost in costs) == counted_backward(model)
 
 
+@pytest.mark.parametrize("output", ["tied", "own"])
+def test_an_exit_that_is_distilled_makes_the_full_depths_logits_as_well(output):
+    model = model_with_exits(output=output)
+    plain, distilled = piece_costs(model, LENGTH), piece_costs(model, LENGTH, distils=True)
+    shared = model.shared_tail()[1]
+    with FlopCounterMode(display=False) as counter:
+        shared(torch.zeros(1, LENGTH, model.anatomy.hidden_size))
+    for before, after in zip(plain, distilled, strict=True):
+        more = counter.get_total_flops() if before.piece.kind == "exit" else 0
+        assert after.forward_flops == before.forward_flops + more
+        assert after.backward_flops == before.backward_flops
+    assert counter.get_total_flops() > 0
+
+
 @pytest.mark.parametrize(("head", "output"), [("tied", "tied"), ("norm", "own"), ("mlp", "tied"), ("block", "own")])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("full_depth", [False, True])
