@@ -71,7 +71,8 @@ class Decoder:
         )
         new, depths = output.sequences[:, inputs.shape[1] :].tolist(), output.exit_trace.tolist()
         seconds = perf_counter() - began
-        rows = zip(prompts, new, depths, strict=True)
+        drafts = output.exit_trace * 0 if output.draft_trace is None else output.draft_trace
+        rows = zip(prompts, new, depths, drafts.tolist(), strict=True)
         return [Generation.read(self.encoder.tokenizer, *row) for row in rows], seconds
 
     def ended(self, generation: Generation) -> bool:

@@ -16,6 +16,8 @@ _COLUMNS = {
     "depth_p50": "p50",
     "depth_p90": "p90",
     "blocks_per_token": "blocks/token",
+    "acceptance": "accepted",
+    "tokens_per_round": "tokens/round",
     "prefill_seconds": "prefill s",
     "decode_tokens_per_second": "tokens/s",
     "speedup": "x never",

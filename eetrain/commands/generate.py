@@ -162,6 +162,7 @@ def _as_data(
                 "text": generation.text,
                 "tokens": [{"id": token.id, "text": token.text} for token in generation.tokens],
                 "depths": [token.depth for token in generation.tokens],
+                "drafted_by": [token.drafted_by for token in generation.tokens],
                 "mean_depth": mean_depth(generation.tokens),
             }
             for generation in generations

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eetrain.data.tokenization import TextEncoder
+from eetrain.decoding import Speculation
 from eetrain.evaluation.forced import ReferenceScore
 from eetrain.evaluation.samples import Sample
 from eetrain.evaluation.timing import Timing
@@ -22,12 +23,14 @@ class Outputs:
         depths: of these tokens.
         block_calls: blocks times positions after the prompts, repair included.
         timings: one sum over all prompts a timed pass.
+        speculation: what drafting came to, under a speculative policy.
     """
 
     tokens: list[list[int]] = field(default_factory=list)
     depths: list[list[int]] = field(default_factory=list)
     block_calls: int = 0
     timings: list[Timing] = field(default_factory=list)
+    speculation: Speculation | None = None
 
 
 def prompt_entries(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from eetrain.data.tokenization import TextEncoder
+from eetrain.decoding import Speculation
 from eetrain.evaluation.batches import generate_options, left_padded
 from eetrain.evaluation.outputs import Outputs
 from eetrain.evaluation.samples import Sample
@@ -61,6 +62,8 @@ def _decode(
     assert result.exit_trace is not None
     assert result.block_calls is not None
     keep.block_calls += result.block_calls
+    if result.speculation is not None:
+        keep.speculation = (keep.speculation or Speculation()) + result.speculation
     for tokens, depths in zip(result.sequences[:, ids.shape[1] :].tolist(), result.exit_trace.tolist(), strict=True):
         length = sum(depth > 0 for depth in depths)
         keep.tokens.append(tokens[:length])

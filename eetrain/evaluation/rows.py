@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan
 from statistics import median
 from typing import Any
 
@@ -29,7 +30,9 @@ def policy_row(
     - ``same_as_never``: share of prompts whose whole output is that of ``never``;
     - ``tokens``, ``mean_depth``, ``depth_p10``, ``depth_p50``, ``depth_p90``: see ``DepthSummary``; the first token
       of a text counts with the depth of the prompt's pass;
-    - ``blocks_per_token``: blocks computed after the prompt, repair included, over the steps that computed them;
+    - ``blocks_per_token``: blocks computed after the prompt, repair and rejected drafts included, over the steps that
+      computed them;
+    - ``acceptance``, ``tokens_per_round``: see ``Speculation``; of speculative policies only;
     - ``prefill_seconds``, ``decode_seconds``: medians over the timed passes of the sum over all prompts;
     - ``decode_tokens_per_second``: tokens after each first one by ``decode_seconds``;
     - ``tokens_per_second``: all tokens by both times; ``speedup``: of decoding, over ``never``;
@@ -49,9 +52,15 @@ def policy_row(
         "depth_p50": depths.p50,
         "depth_p90": depths.p90,
         "blocks_per_token": output.block_calls / steps if steps else None,
+        "acceptance": _known(output.speculation.acceptance) if output.speculation else None,
+        "tokens_per_round": _known(output.speculation.tokens_per_round) if output.speculation else None,
         **_speeds(output, reference),
         **{f"share_at_{depth}": share for depth, share in depths.shares.items()},
     }
+
+
+def _known(value: float) -> float | None:
+    return None if isnan(value) else value
 
 
 def _speeds(output: Outputs, reference: Outputs) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from eetrain.viewing.palette import depth_colour
-from eetrain.viewing.tokens import Generation, Token, depth_shares, mean_depth
+from eetrain.viewing.tokens import Generation, Token, depth_shares, mean_depth, speculated
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1a1a1a; --line: #d0d0d0; }
@@ -55,7 +55,9 @@ def html_page(
 def _summary(tokens: Sequence[Token], num_blocks: int, seconds: float | None) -> str:
     mean = mean_depth(tokens)
     facts = [f"{len(tokens)} tokens"]
-    if mean is not None:
+    if speculated(tokens):
+        facts.append(f"all of {num_blocks} blocks deep, coloured by the block that chose them first")
+    elif mean is not None:
         facts.append(f"mean depth {mean:.2f} of {num_blocks} blocks")
     if seconds:
         facts.append(f"{len(tokens) / seconds:.1f} tokens/s")
@@ -68,7 +70,8 @@ def _legend(tokens: Sequence[Token], num_blocks: int) -> str:
         f"<td>{share.share:.1%}</td></tr>"
         for share in depth_shares(tokens)
     ]
-    head = "<tr><th>depth</th><th>tokens</th><th>share</th></tr>"
+    what = "chosen after block" if speculated(tokens) else "depth"
+    head = f"<tr><th>{what}</th><th>tokens</th><th>share</th></tr>"
     return f'<table class="legend">{head}{"".join(rows)}</table>'
 
 
@@ -82,9 +85,10 @@ def _section(generation: Generation, num_blocks: int) -> str:
 
 def _span(token: Token, num_blocks: int) -> str:
     silent = "" if token.text else ' class="silent"'
+    drafted = f", drafted after block {token.drafted_by}" if token.drafted_by else ""
     return (
-        f"<span{silent} {_style(token.depth, num_blocks)} "
-        f'title="depth {token.depth} of {num_blocks}, token {token.id}">{escape(token.text)}</span>'
+        f"<span{silent} {_style(token.chosen_after, num_blocks)} "
+        f'title="depth {token.depth} of {num_blocks}{drafted}, token {token.id}">{escape(token.text)}</span>'
     )
 
 

@@ -18,11 +18,18 @@ class Token:
         text: what it adds to the text; empty for special tokens and inside a character.
         id: in the vocabulary.
         depth: blocks it ran.
+        drafted_by: under speculation, the exit that drafted it; 0 if none did.
     """
 
     text: str
     id: int
     depth: int
+    drafted_by: int = 0
+
+    @property
+    def chosen_after(self) -> int:
+        """The block whose output chose the token first: with speculation the exit that drafted it."""
+        return self.drafted_by or self.depth
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,14 @@ class Generation:
     tokens: tuple[Token, ...]
 
     @classmethod
-    def read(cls, tokenizer: Any, prompt: str, ids: Sequence[int], depths: Sequence[int]) -> Generation:
+    def read(
+        cls,
+        tokenizer: Any,
+        prompt: str,
+        ids: Sequence[int],
+        depths: Sequence[int],
+        drafted_by: Sequence[int] | None = None,
+    ) -> Generation:
         """From the new ids and depths of one row; depth 0 marks what follows the row's end.
 
         Args:
@@ -41,11 +55,12 @@ class Generation:
             prompt: as text.
             ids: generated ids, padding included.
             depths: one row of ``exit_trace``.
+            drafted_by: one row of ``draft_trace``, if there is one.
         """
-        pairs = [(token, depth) for token, depth in zip(ids, depths, strict=True) if depth > 0]
-        texts = token_texts(tokenizer, [token for token, _ in pairs])
-        tokens = (Token(text, token, depth) for text, (token, depth) in zip(texts, pairs, strict=True))
-        return cls(prompt, tuple(tokens))
+        drafts = [0] * len(ids) if drafted_by is None else drafted_by
+        kept = [entry for entry in zip(ids, depths, drafts, strict=True) if entry[1] > 0]
+        texts = token_texts(tokenizer, [token for token, _, _ in kept])
+        return cls(prompt, tuple(Token(text, *entry) for text, entry in zip(texts, kept, strict=True)))
 
     @property
     def text(self) -> str:
@@ -55,7 +70,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class DepthShare:
-    """How many tokens ran exactly ``depth`` blocks, and their share of all tokens."""
+    """How many tokens were chosen after block ``depth``, and their share of all tokens."""
 
     depth: int
     tokens: int
@@ -64,8 +79,13 @@ class DepthShare:
 
 def depth_shares(tokens: Sequence[Token]) -> list[DepthShare]:
     """Shares of the depths that occur, shallow to deep; they sum to 1."""
-    counts = Counter(token.depth for token in tokens)
+    counts = Counter(token.chosen_after for token in tokens)
     return [DepthShare(depth, count, count / len(tokens)) for depth, count in sorted(counts.items())]
+
+
+def speculated(tokens: Sequence[Token]) -> bool:
+    """Whether some were drafted: then all have run all blocks, and what differs is who chose them."""
+    return any(token.drafted_by for token in tokens)
 
 
 def mean_depth(tokens: Sequence[Token]) -> float | None:

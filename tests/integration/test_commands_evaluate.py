@@ -180,3 +180,23 @@ def test_refused(settings: dict[str, Any], message: str, folder: str, data: str)
 def test_data_must_be_named(folder: str) -> None:
     with pytest.raises(ConfigError, match=r"There is no data to evaluate on\. HINT: Set --data FILE\."):
         evaluate(folder)
+
+
+def test_a_speculative_policy_says_what_its_drafts_came_to(
+    folder: str, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"data": data, "prompt": "{question}\n", "response": "{answer}", "batch_size": 2}
+    policies = "never,speculative:exit=2,draft=3,speculative:exit=2,stop=thompson"
+    assert evaluate(folder, policies=policies, json=True, **settings, **FAST) == 0
+    plain, fixed, thompson = json.loads(capsys.readouterr().out)["policies"]
+    assert [row["policy"] for row in (fixed, thompson)] == policies.removeprefix("never,").replace(
+        ",spec", "|spec"
+    ).split("|")
+    assert plain["acceptance"] is plain["tokens_per_round"] is None
+    for row in (fixed, thompson):
+        assert row["same_as_never"] == 1.0
+        assert row["mean_depth"] == plain["mean_depth"] == row["depth_p10"]
+        assert 0 <= row["acceptance"] <= 1 <= row["tokens_per_round"] <= 5
+    assert fixed["blocks_per_token"] >= plain["blocks_per_token"]
+    assert evaluate(folder, policies=policies, **settings, **FAST) == 0
+    assert "tokens/round" in capsys.readouterr().out

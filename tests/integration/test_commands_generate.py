@@ -181,3 +181,17 @@ def test_from_the_command_line(folder: str, capsys: pytest.CaptureFixture[str]) 
     assert found["mean_depth"] == 1
     assert main(["generate", folder]) == 2
     assert "HINT: Set --prompt" in capsys.readouterr().err
+
+
+def test_speculation_tells_who_drafted(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"prompt": ["one", "two two"], "max_new_tokens": 9, "json": True}
+    assert generate(folder, policy="never", **settings) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert generate(folder, policy="speculative:exit=2,draft=3", **settings) == 0
+    found = json.loads(capsys.readouterr().out)
+    for own, other in zip(found["generations"], plain["generations"], strict=True):
+        assert own["tokens"] == other["tokens"]
+        assert own["depths"] == other["depths"], "every token has run all blocks"
+        assert set(own["drafted_by"]) <= {0, 2}
+        assert not any(other["drafted_by"])
+    assert any(any(own["drafted_by"]) for own in found["generations"])

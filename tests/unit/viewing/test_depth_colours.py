@@ -98,3 +98,22 @@ def test_page_is_self_contained_and_escaped() -> None:
     assert "prefers-color-scheme: dark" in text
     assert "mean depth 2.75 of 4 blocks, 2.0 tokens/s" in text
     assert '<td style="background:#fee838;color:#000000">1</td><td>1</td><td>25.0%</td>' in text
+
+
+SPECULATED = (Token("a", 7, 4), Token("b", 8, 4, drafted_by=1), Token("c", 9, 4, drafted_by=1))
+
+
+def test_drafted_tokens_have_the_colour_of_the_exit_that_drafted_them() -> None:
+    shallow, deep = depth_colour(1, 4), depth_colour(4, 4)
+    styles = [span.style for span in render_tokens(SPECULATED, 4).spans]
+    assert styles == [f"{colour.text} on {colour.background}" for colour in (deep, shallow, shallow)]
+    assert mean_depth(SPECULATED) == 4, "every token has run all blocks"
+    assert str(legend(SPECULATED, 4, 1.0)) == "chosen after block  1  67%   4  33%  3 tokens, 3.0 tokens/s"
+    text = html_page([Generation("p", SPECULATED)], 4, title="x", policy="speculative:exit=1")
+    assert Page(text).titles == [
+        "depth 4 of 4, token 7",
+        "depth 4 of 4, drafted after block 1, token 8",
+        "depth 4 of 4, drafted after block 1, token 9",
+    ]
+    assert "all of 4 blocks deep, coloured by the block that chose them first" in text
+    assert "<th>chosen after block</th>" in text
