@@ -10,7 +10,7 @@ from eetrain.backbones.anatomy import (
     output_projection,
 )
 from eetrain.backbones.harvest import Harvest, Harvester, call_block
-from eetrain.backbones.partial import PartialBlocks, run_partially
+from eetrain.backbones.partial import PartialBlocks, count_zero
 from eetrain.backbones.projection import Projection
 from eetrain.backbones.recorder import Call
 
@@ -24,9 +24,9 @@ __all__ = [
     "blocks_of",
     "call_block",
     "causal_lm_of",
+    "count_zero",
     "decoder_of",
     "dissect",
     "final_norm",
     "output_projection",
-    "run_partially",
 ]

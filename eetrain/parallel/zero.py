@@ -82,7 +82,7 @@ class ZeroStrategy(EngineStrategy):
         if not isinstance(module, EarlyExitModule):
             return
         name = type(module.objective).__name__
-        if module.objective.schedule is not None:
+        if module.objective.unreached == "blocks rest":
             raise ConfigError(
                 f"The objective {name} leaves single blocks out of a step, and ZeRO steps all parameters of a group: "
                 "weights and moments of these blocks would decay.",
