@@ -37,7 +37,7 @@ class ExitCurriculum:
     def __post_init__(self) -> None:
         if self.form not in get_args(CurriculumForm):
             raise ConfigError(f"curriculum={self.form!r} is not known.", hint="One of: none, rotational, gradual.")
-        if (self.form == "rotational") != (self.period is not None) or (self.period or 1) < 1:
+        if (self.form == "rotational") != (self.period is not None) or (self.period is not None and self.period < 1):
             raise ConfigError(
                 f"curriculum={self.form} and period={self.period}.",
                 hint="curriculum=rotational takes a period of 1 or more steps, the others take none.",

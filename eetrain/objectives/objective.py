@@ -102,6 +102,11 @@ class Objective(ABC):
         self.exit_layers: tuple[int, ...] = ()
         self.num_blocks = 0
 
+    @property
+    def lets_rest(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient, which data parallelism must be told."""
+        return self.unreached in ("parts rest", "blocks rest")
+
     @abstractmethod
     def needs_full_depth(self) -> bool:
         """Whether blocks beyond the deepest exit must run in training."""

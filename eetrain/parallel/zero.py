@@ -157,7 +157,7 @@ class ZeroStrategy(EngineStrategy):
 
 
 def read_by_objectives(model: MultiExitModel) -> Iterator[Tensor]:
-    """Parameters that objectives use outside the modules they belong to, or as often as the data ask for."""
+    """Parameters used outside the modules they belong to, or as often as the data of a process ask for."""
     _, shared = model.shared_tail()
     projections = [shared, *(model.head(layer).projection(shared) for layer in model.exit_layers)]
     found = [tensor for head in projections for tensor in (head.weight, head.bias) if tensor is not None]

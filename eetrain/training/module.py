@@ -341,8 +341,7 @@ class EarlyExitModule(LightningModule):
 
     def _check_strategy(self) -> None:
         wrapper = self.trainer.strategy.model
-        rests = self.objective.unreached.endswith("rest")
-        if not (rests and isinstance(wrapper, DistributedDataParallel)):
+        if not (self.objective.lets_rest and isinstance(wrapper, DistributedDataParallel)):
             return
         if not wrapper.find_unused_parameters:
             raise ConfigError(
