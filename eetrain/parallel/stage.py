@@ -62,7 +62,7 @@ class Stage:
         self.pieces = tuple(pieces[bounds[index] : bounds[index + 1]])
         self.frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
         self.last_trained_block = model.num_blocks
-        self.reach_all = False  # see PartialBlocks
+        self.reach_all = False  # whether what a step leaves out has gradients of zero
         self._harvester: Harvester | None = None
 
     @property

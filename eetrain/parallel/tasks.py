@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eetrain.backbones import count_zero
 from eetrain.exits.gates import Gate
 from eetrain.exits.gating import stack_features, take_share
 from eetrain.objectives import FULL
@@ -77,7 +78,8 @@ class WeightedLosses:
     ) -> tuple[Tensor, Tensor | None]:
         """Inject the depth's loss."""
         if depth not in self.weights:
-            return hidden_BTD, left_BTK
+            left_out = stage.trained_at(depth) if stage.reach_all else ()
+            return count_zero(hidden_BTD, *left_out), left_BTK
 
         def loss(hidden_BTD: Tensor) -> Tensor:
             result = _cross_entropy(

@@ -8,6 +8,7 @@ import lightning
 import pytest
 import torch
 import torch.distributed as dist
+from layerskip_support import DropsByRow
 from lightning.pytorch import Callback
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -29,6 +30,10 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": 
 def gating():
     # Balance is by batch, and a batch is another one on one process.
     return JointGating(warmup_steps=1, phase_steps=1, class_balance=False)
+
+
+def by_row():
+    return DropsByRow("uniform", 1.0, "rotational", 2)
 
 
 # Those with `ddp` are compared with DDP on two processes: their loss is not a sum over the batch.
@@ -55,6 +60,10 @@ CASES = {
         "exits": {"gates": GateConfig([0.2, 2.0], hidden=3)},
         "ddp": True,
     },
+    # Processes drop different blocks; heads that are off have gradients of zero.
+    "layerskip": {"objective": by_row, "exits": {"head": "mlp", "output": "own"}},
+    "layerskip, learned positions": {"family": "gpt2", "objective": by_row, "exits": {"head": "block"}},
+    "layerskip, lora": {"objective": by_row, "tuning": "lora"},
     "experts": {"family": "qwen3_moe", "module": {"activation_checkpointing": True}, "ddp": True},
 }
 QUICK = [
@@ -62,6 +71,7 @@ QUICK = [
     ("block heads, accumulated", 2),
     ("tied embeddings", 3),
     ("gates, clipped", 3),
+    ("layerskip", 2),
 ]
 SLOW = [(name, stage) for name in CASES for stage in (1, 2, 3) if (name, stage) not in QUICK]
 
