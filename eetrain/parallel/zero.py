@@ -76,7 +76,7 @@ class ZeroStrategy(EngineStrategy):
         """Refuse what ZeRO cannot do as one process does it; see :meth:`EngineStrategy.check`.
 
         Raises:
-            ConfigError: an objective whose blocks run at some positions only, or gates in bfloat16.
+            ConfigError: an objective that lets single blocks rest, drops some in stage 3, or trains gates in bfloat16.
         """
         super().check(trainer, module)
         if not isinstance(module, EarlyExitModule):
@@ -87,6 +87,12 @@ class ZeroStrategy(EngineStrategy):
                 f"The objective {name} leaves single blocks out of a step, and ZeRO steps all parameters of a group: "
                 "weights and moments of these blocks would decay.",
                 hint=f"Set {_PLAIN}.",
+            )
+        if module.objective.drops_blocks and self.stage == 3:
+            raise ConfigError(
+                f"The objective {name} drops blocks, each process its own, but in stage 3 of ZeRO all must call "
+                "the same modules in the same order.",
+                hint="Set trainer.strategy.init_args.stage=2, or leave dropout out of the objective.",
             )
         if module.objective.trains_gates and self.precision != "float32":
             raise ConfigError(

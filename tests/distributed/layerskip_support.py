@@ -9,8 +9,6 @@ from eetrain.objectives import LayerSkip
 class DropsByRow(LayerSkip):
     """Drops what the sum of a row's labels says; some blocks run in no row of a micro-batch, a replica or a batch."""
 
-    drops_blocks = True
-
     def active_blocks(
         self, labels_BT: Tensor, position_ids: Tensor | None = None, *, step: int, training: bool = True
     ) -> Tensor | None:
