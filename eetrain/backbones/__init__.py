@@ -10,7 +10,7 @@ from eetrain.backbones.anatomy import (
     output_projection,
 )
 from eetrain.backbones.harvest import Harvest, Harvester, call_block
-from eetrain.backbones.partial import PartialBlocks, run_partially
+from eetrain.backbones.partial import PartialBlocks, count_zero
 from eetrain.backbones.projection import Projection
 from eetrain.backbones.ragged import check_ragged, narrowed, picked, ragged_masks
 from eetrain.backbones.recorder import Call
@@ -26,6 +26,7 @@ __all__ = [
     "call_block",
     "causal_lm_of",
     "check_ragged",
+    "count_zero",
     "decoder_of",
     "dissect",
     "final_norm",
@@ -33,5 +34,4 @@ __all__ = [
     "output_projection",
     "picked",
     "ragged_masks",
-    "run_partially",
 ]

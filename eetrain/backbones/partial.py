@@ -1,17 +1,19 @@
-"""Blocks that run at some positions only: the training graph of schedules such as SkipDecode's.
+"""Blocks that run at some positions only: the training graph of schedules such as SkipDecode's, and of layer dropout.
 
 Where a block does not run, the hidden state passes by unchanged, and the position offers the block's attention no key.
-The positions that do run are gathered into a shorter sequence for which masks and rotary tables are harvested anew, so
-a skipped position costs nothing. Within a document they must be a prefix: then the positions in the shorter sequence
-still go up by one, and causal attention over it is exactly that of cached decoding.
+The rows and positions that do run are gathered into a smaller batch of shorter sequences for which masks and rotary
+tables are harvested anew, so what is skipped costs nothing. Within a document the positions must be a prefix: then
+those in the shorter sequence still go up by one, and causal attention over it is exactly that of cached decoding.
 
-Shape suffixes: ``L`` blocks, ``B`` rows, ``T`` positions, ``K`` gathered positions, ``D`` hidden size.
+Shape suffixes: ``L`` blocks, ``B`` rows, ``T`` positions, ``R`` gathered rows, ``K`` gathered positions, ``D`` hidden
+size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ class PartialBlocks:
         active_LBT: bool; for each block and document a prefix of its positions.
         attention_mask: ``[B, T]``, padded on the right, or ``None``.
         position_ids: ``[B, T]``; restarting at 0 keeps packed documents apart.
+        reach_all: run a block that is active nowhere at one position, and let its output count 0: its parameters get
+            gradients of zero, and all processes call the same blocks in the same order.
     """
 
     def __init__(
@@ -37,10 +41,13 @@ class PartialBlocks:
         active_LBT: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        reach_all: bool = False,
     ) -> None:
         self._harvester, self._everything = harvester, everything
         self._mask, self._positions = attention_mask, position_ids
         self._active_LBT = active_LBT if attention_mask is None else active_LBT & attention_mask.bool()
+        self._reach_all = reach_all
         self._gathered: _Gathered | None = None
 
     def run(self, state_BTD: Tensor, blocks: Sequence[int]) -> Tensor:
@@ -54,55 +61,63 @@ class PartialBlocks:
         wanted = active_BT if mask is None else active_BT | ~mask.bool()
         if wanted.all():
             return self._harvester.run(self._everything, state_BTD, blocks)
-        if not active_BT.any():
+        if active_BT.any():
+            gathered = self._gathered_for(state_BTD, active_BT)
+            after_RKD = self._harvester.run(gathered.harvest, gathered.take(state_BTD), blocks)
+            # Row by row in the same order: fillers of `place_RK` stand behind each row's valid ones.
+            return state_BTD.masked_scatter(active_BT[..., None], after_RKD[gathered.valid_RK])
+        if not self._reach_all:
             return state_BTD
-        if self._gathered is None or not torch.equal(self._gathered.active_BT, active_BT):
-            self._gathered = self._gather(state_BTD, active_BT)
-        gathered = self._gathered
-        index_BKD = gathered.place_BK[..., None].expand(-1, -1, state_BTD.shape[-1])
-        after_BKD = self._harvester.run(gathered.harvest, state_BTD.gather(1, index_BKD), blocks)
-        # Row by row in the same order: fillers of `place_BK` stand behind each row's valid ones.
-        return state_BTD.masked_scatter(active_BT[..., None], after_BKD[gathered.valid_BK])
+        first_BT = torch.zeros_like(active_BT)
+        first_BT[0, 0] = True
+        gathered = self._gathered_for(state_BTD, first_BT)
+        after_RKD = self._harvester.run(gathered.harvest, gathered.take(state_BTD.detach()), blocks)
+        return count_zero(state_BTD, after_RKD)
 
-    def _gather(self, state_BTD: Tensor, active_BT: Tensor) -> _Gathered:
-        place_BK, valid_BK = _places(active_BT)
-        harvest = self._harvester(
-            inputs_embeds=state_BTD.detach().gather(1, place_BK[..., None].expand(-1, -1, state_BTD.shape[-1])),
-            attention_mask=None if self._mask is None else _seen(valid_BK).to(self._mask.dtype),
-            position_ids=None if self._positions is None else self._positions.gather(1, place_BK) * valid_BK,
-        )
-        return _Gathered(active_BT, place_BK, valid_BK, harvest)
+    def _gathered_for(self, state_BTD: Tensor, active_BT: Tensor) -> _Gathered:
+        if self._gathered is None or not torch.equal(self._gathered.active_BT, active_BT):
+            row_R = active_BT.any(1).nonzero().squeeze(1)
+            place_RK, valid_RK = _places(active_BT[row_R])
+            positions = self._positions
+            harvest = self._harvester(
+                inputs_embeds=_take(state_BTD.detach(), row_R, place_RK),
+                attention_mask=None if self._mask is None else valid_RK.to(self._mask.dtype),
+                position_ids=None if positions is None else positions[row_R].gather(1, place_RK) * valid_RK,
+            )
+            self._gathered = _Gathered(active_BT, row_R, place_RK, valid_RK, harvest)
+        return self._gathered
 
 
 @dataclass(frozen=True)
 class _Gathered:
-    """Where the positions of a shorter sequence come from, and what it hands to its blocks."""
+    """Where rows and positions of a smaller batch come from, and what it hands to its blocks."""
 
     active_BT: Tensor
-    place_BK: Tensor
-    valid_BK: Tensor
+    row_R: Tensor
+    place_RK: Tensor
+    valid_RK: Tensor
     harvest: Harvest
 
+    def take(self, state_BTD: Tensor) -> Tensor:
+        """The smaller batch ``[R, K, D]``."""
+        return _take(state_BTD, self.row_R, self.place_RK)
 
-def run_partially(
-    harvester: Harvester,
-    input_ids: Tensor,
-    active_LBT: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> Tensor:
-    """Residual stream ``[B, T, D]`` after the last block, with block ``l`` run where ``active_LBT[l - 1]`` is true.
 
-    Args:
-        harvester: of the backbone.
-        input_ids: ``[B, T]``.
-        active_LBT: see :class:`PartialBlocks`.
-        attention_mask: see :class:`PartialBlocks`.
-        position_ids: see :class:`PartialBlocks`.
-    """
-    everything = harvester(input_ids, attention_mask=attention_mask, position_ids=position_ids)
-    partial = PartialBlocks(harvester, everything, active_LBT, attention_mask, position_ids)
-    return partial.run(everything.hidden_BTD, range(1, len(active_LBT) + 1))
+def count_zero(state: Tensor, *unused: Tensor) -> Tensor:
+    """``state`` itself; backward sends zeros into ``unused``, whose parameters so have gradients."""
+    result: Tensor = _CountZero.apply(state, *unused)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _CountZero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, *unused: Tensor) -> Tensor:
+        ctx.like = [(tensor.shape, tensor.dtype) for tensor in unused]
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.like)
 
 
 def _groups(active_LBT: Tensor, blocks: Sequence[int]) -> list[tuple[Tensor, list[int]]]:
@@ -117,15 +132,15 @@ def _groups(active_LBT: Tensor, blocks: Sequence[int]) -> list[tuple[Tensor, lis
     return groups
 
 
-def _places(active_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row's active positions stand ``[B, K]``, and which of these are no fillers."""
-    counts = active_BT.sum(1)
-    longest = int(counts.max())
-    place_BK = torch.argsort(~active_BT, dim=1, stable=True)[:, :longest]
-    valid_BK = torch.arange(longest, device=counts.device) < counts[:, None]
-    return place_BK, valid_BK
+def _take(state_BTD: Tensor, row_R: Tensor, place_RK: Tensor) -> Tensor:
+    """Some positions of some rows."""
+    return state_BTD[row_R].gather(1, place_RK[..., None].expand(-1, -1, state_BTD.shape[-1]))
 
 
-def _seen(valid_BK: Tensor) -> Tensor:
-    """``valid_BK``, and one filler in rows without any: attention to no key at all may give NaN gradients."""
-    return valid_BK | (torch.arange(valid_BK.shape[1], device=valid_BK.device) == 0)
+def _places(active_RT: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each row's active positions stand ``[R, K]``, of which it has some, and which of these are no fillers."""
+    counts_R = active_RT.sum(1)
+    longest = int(counts_R.max())
+    place_RK = torch.argsort(~active_RT, dim=1, stable=True)[:, :longest]
+    valid_RK = torch.arange(longest, device=counts_R.device) < counts_R[:, None]
+    return place_RK, valid_RK

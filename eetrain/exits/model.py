@@ -5,8 +5,9 @@ Shape suffixes: ``B`` batch, ``T`` positions, ``D`` hidden size, ``V`` vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from eetrain.backbones import (
     Call,
     Harvest,
     Harvester,
+    PartialBlocks,
     Projection,
     causal_lm_of,
+    count_zero,
     dissect,
     final_norm,
     output_projection,
-    run_partially,
 )
 from eetrain.backbones.loading import load_backbone
 from eetrain.backbones.routers import record_routers, router_loss
@@ -34,6 +36,8 @@ from eetrain.exits.heads import ExitHead, build_head
 
 if TYPE_CHECKING:
     from eetrain.decoding.policy import Policy
+
+RunBlocks = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,13 @@ class MultiExitModel(nn.Module):
         exits: Sequence[int] | None = None,
         full_depth: bool = True,
         routers: bool = False,
+        active_LBT: Tensor | None = None,
+        reach_all: bool = False,
     ) -> MultiExitOutput:
         """Run the backbone once and keep the hidden states at the exits.
+
+        Where blocks run at some positions only, routers of a mixture of experts get no auxiliary loss: each of them
+        sees other positions.
 
         Args:
             input_ids: ``[B, T]``.
@@ -179,71 +188,71 @@ class MultiExitModel(nn.Module):
             exits: exit layers to keep; all by default.
             full_depth: also run the blocks after the deepest exit. A frozen backbone is run without autograd.
             routers: also compute the auxiliary loss of a mixture of experts.
+            active_LBT: bool, where each of the ``L`` blocks runs; everywhere if left out. See
+                :class:`eetrain.backbones.PartialBlocks`.
+            reach_all: let parameters of blocks that run nowhere, and of exits that are not kept, take part with
+                gradients of zero: one position passes through them. Needs the full depth.
 
         Raises:
             ConfigError: an exit the model does not have, or a full depth that is not loaded.
         """
-        layers = self.exit_layers if exits is None else tuple(exits)
+        layers = self.exit_layers if exits is None else tuple(sorted(exits))
         self._check_exits(layers)
         if full_depth:
             self._check_full_depth("the full depth")
         harvester = Harvester(self.backbone, self.anatomy)
+        passed = self._trained_exits_besides(layers) if reach_all else ()
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            with record_routers(self.backbone, self.anatomy, enabled=routers) as router_logits:
+            with record_routers(self.backbone, self.anatomy, enabled=routers and active_LBT is None) as router_logits:
                 harvest = harvester(input_ids, attention_mask=attention_mask, position_ids=position_ids)
-                hidden, last = self._run_to_exits(harvester, harvest, layers, full_depth)
+                run: RunBlocks = partial(harvester.run, harvest)
+                if active_LBT is not None:
+                    masks = (active_LBT, attention_mask, position_ids)
+                    run = PartialBlocks(harvester, harvest, *masks, reach_all=reach_all).run
+                stops = sorted({*layers, *passed})
+                hidden, last = self._run_to_exits(run, harvest.hidden_BTD, stops, full_depth)
             auxiliary = router_loss(self.backbone, router_logits, attention_mask)
         shared_norm, shared = self.shared_tail()
+        full_features = None if last is None else shared_norm(last)
+        if passed:
+            assert full_features is not None, "parameters are reached by way of the full depth"
+            one = harvester(inputs_embeds=harvest.hidden_BTD[:1, :1].detach())
+            full_features = count_zero(full_features, *(self._one_position(k, hidden[k], one) for k in passed))
+        kept = {layer: hidden[layer] for layer in layers}
         return MultiExitOutput(
-            hidden=hidden,
+            hidden=kept,
             features={
                 layer: self.head(layer)(state, self.head_call(layer, harvest), shared_norm)
-                for layer, state in hidden.items()
+                for layer, state in kept.items()
             },
-            projections={layer: self.head(layer).projection(shared) for layer in hidden},
-            full_features=None if last is None else shared_norm(last),
+            projections={layer: self.head(layer).projection(shared) for layer in layers},
+            full_features=full_features,
             full_projection=shared,
             router_loss=auxiliary,
-            gates=self.gates_by_layer(tuple(hidden)),
+            gates=self.gates_by_layer(layers),
         )
 
-    def run_scheduled(
-        self,
-        input_ids: Tensor,
-        active_LBT: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> MultiExitOutput:
-        """Run each block at some positions only and keep the output of the last one; exits see nothing.
-
-        Routers of a mixture of experts get no auxiliary loss: each of them sees other positions.
-
-        Args:
-            input_ids: ``[B, T]``.
-            active_LBT: bool, where each of the ``L`` blocks runs; see :func:`eetrain.backbones.run_partially`.
-            attention_mask: as for :meth:`forward`.
-            position_ids: as for :meth:`forward`.
-
-        Raises:
-            ConfigError: only part of the backbone is loaded.
-        """
-        self._check_full_depth("a schedule")
-        harvester = Harvester(self.backbone, self.anatomy)
-        last = run_partially(harvester, input_ids, active_LBT, attention_mask, position_ids)
-        shared_norm, shared = self.shared_tail()
-        return MultiExitOutput({}, {}, {}, shared_norm(last), shared, None, {})
-
     def _run_to_exits(
-        self, harvester: Harvester, harvest: Harvest, layers: Sequence[int], full_depth: bool
+        self, run: RunBlocks, state: Tensor, layers: Sequence[int], full_depth: bool
     ) -> tuple[dict[int, Tensor], Tensor | None]:
-        state, done, hidden = harvest.hidden_BTD, 0, {}
-        for layer in sorted(layers):
-            state = harvester.run(harvest, state, range(done + 1, layer + 1))
+        done, hidden = 0, {}
+        for layer in layers:
+            state = run(state, range(done + 1, layer + 1))
             hidden[layer], done = state, layer
-        if not full_depth:
-            return hidden, None
-        return hidden, harvester.run(harvest, state, range(done + 1, self.num_blocks + 1))
+        return hidden, run(state, range(done + 1, self.num_blocks + 1)) if full_depth else None
+
+    def _trained_exits_besides(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Other exits with trained parameters of their own."""
+        others = [layer for layer in self.exit_layers if layer not in layers]
+        return tuple(layer for layer in others if any(p.requires_grad for p in self.head(layer).parameters()))
+
+    def _one_position(self, layer: int, hidden_BTD: Tensor, one: Harvest) -> Tensor:
+        """Logits of an exit at the first position, for which ``one`` was harvested."""
+        shared_norm, shared = self.shared_tail()
+        head = self.head(layer)
+        features_11D = head(hidden_BTD[:1, :1].detach(), self.head_call(layer, one), shared_norm)
+        return head.projection(shared)(features_11D)
 
     def shared_tail(self) -> tuple[nn.Module, Projection]:
         """The backbone's final norm and map to logits."""

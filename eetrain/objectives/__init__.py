@@ -2,6 +2,8 @@
 
 from eetrain.objectives.ee_tuning import EETuning
 from eetrain.objectives.joint_gating import JointGating
+from eetrain.objectives.layer_dropout import LayerDropout
+from eetrain.objectives.layerskip import LayerSkip
 from eetrain.objectives.multi_exit import MultiExitCrossEntropy
 from eetrain.objectives.objective import FULL, HeadInputs, Objective, ObjectiveOutput, score
 from eetrain.objectives.skipdecode import SkipDecode
@@ -13,6 +15,8 @@ __all__ = [
     "EETuning",
     "HeadInputs",
     "JointGating",
+    "LayerDropout",
+    "LayerSkip",
     "MultiExitCrossEntropy",
     "Objective",
     "ObjectiveOutput",

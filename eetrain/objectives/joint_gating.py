@@ -32,6 +32,7 @@ from eetrain.objectives.objective import (
     HeadInputs,
     Objective,
     ObjectiveOutput,
+    Unreached,
     assemble,
     depth_name,
     head_inputs,
@@ -78,7 +79,7 @@ class JointGating(Objective):
     """
 
     trains_gates: ClassVar[bool] = True
-    idles_parameters: ClassVar[bool] = True
+    unreached: Unreached = "parts rest"
 
     def __init__(
         self,
@@ -122,10 +123,10 @@ class JointGating(Objective):
             )
         self._cost_weights = tuple(cost_weights)
 
-    def check_run(self, total_steps: float) -> None:
-        """Check that gates get a whole phase; see :meth:`Objective.check_run`."""
+    def prepare_run(self, total_steps: float, *, trial: bool = False) -> None:
+        """Check that gates get a whole phase; see :meth:`Objective.prepare_run`."""
         needed = self.warmup_steps + self.phase_steps
-        if total_steps < needed:
+        if total_steps < needed and not trial:
             raise ConfigError(
                 f"JointGating trains gates in steps {self.warmup_steps} to {needed} first, but the run ends after "
                 f"{total_steps:g}.",

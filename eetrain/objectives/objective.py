@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ from eetrain.objectives.token_statistics import TokenStatistics
 
 FULL = 0
 """Stands for the full depth where a layer number is expected; exits are numbered from 1."""
+
+Unreached = Literal["nothing", "parts rest", "blocks rest", "zero"]
+"""What becomes of trained parameters that the loss of a step does not reach.
+
+``nothing``: every step reaches all. ``parts rest``: gates and the rest of the model take turns; without a gradient the
+optimizer changes neither weights nor moments. ``blocks rest``: so do blocks that ran at no position. ``zero``: such
+blocks, and exits that were left out, have a gradient of zero.
+"""
 
 
 class HeadInputs(Protocol):
@@ -78,8 +86,11 @@ class Objective(ABC):
     freezes_backbone: ClassVar[bool] = False
     """Whether only exit heads are trained."""
 
-    idles_parameters: ClassVar[bool] = False
-    """Whether a step may leave out trained parameters, which data parallelism must be told."""
+    unreached: Unreached = "nothing"
+    """What becomes of parameters that a step leaves out."""
+
+    drops_blocks: bool = False
+    """Whether blocks are left out at random in training."""
 
     schedule: str | None = None
     """The schedule under which the model runs in training and validation, if not all blocks run everywhere."""
@@ -90,6 +101,11 @@ class Objective(ABC):
     def __init__(self) -> None:
         self.exit_layers: tuple[int, ...] = ()
         self.num_blocks = 0
+
+    @property
+    def lets_rest(self) -> bool:
+        """Whether a step may leave trained parameters without a gradient, which data parallelism must be told."""
+        return self.unreached in ("parts rest", "blocks rest")
 
     @abstractmethod
     def needs_full_depth(self) -> bool:
@@ -115,14 +131,15 @@ class Objective(ABC):
         self.exit_layers, self.num_blocks = tuple(layers), num_blocks
 
     def active_blocks(
-        self, labels_BT: Tensor, position_ids: Tensor | None = None, *, training: bool = True
+        self, labels_BT: Tensor, position_ids: Tensor | None = None, *, step: int, training: bool = True
     ) -> Tensor | None:
         """Where each block runs, bool ``[L, B, T]`` with a prefix of each document, or ``None`` for everywhere.
 
         Args:
             labels_BT: labels aligned with the input ids.
             position_ids: ``[B, T]``, restarting with every packed document, or ``None``.
-            training: whether depths may be drawn at random.
+            step: optimizer step, counted from 0.
+            training: whether depths may be drawn at random, from torch's global generator.
         """
         return None
 
@@ -140,11 +157,15 @@ class Objective(ABC):
             ConfigError: gates are to be trained and there are none.
         """
 
-    def check_run(self, total_steps: float) -> None:  # noqa: B027
-        """Check the settings against the length of a run in optimizer steps, infinite if it has no end.
+    def prepare_run(self, total_steps: float, *, trial: bool = False) -> None:  # noqa: B027
+        """Take note of the length of a run, and check the settings against it; called before the first step.
+
+        Args:
+            total_steps: optimizer steps, infinite if the run has no end.
+            trial: whether it only tries out that everything works, however short it is.
 
         Raises:
-            ConfigError: the run ends before what was set comes to its turn.
+            ConfigError: the run ends before what was set comes to its turn, or has no end where one is needed.
         """
 
     def depth_weights(self, step: int) -> dict[int, float] | None:

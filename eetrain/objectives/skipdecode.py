@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from eetrain import schedules
 from eetrain.errors import ConfigError
 from eetrain.objectives.linear_ce import Kernel
-from eetrain.objectives.objective import FULL
+from eetrain.objectives.objective import FULL, Unreached
 from eetrain.objectives.text_positions import generated_index, row_positions
 from eetrain.objectives.weighted_sum import WeightedSum
 from eetrain.schedules import PROMPT, BlockSchedule, parse_schedule
@@ -49,7 +49,7 @@ class SkipDecode(WeightedSum):
         ConfigError: a schedule that does not parse, or settings that contradict each other.
     """
 
-    idles_parameters: ClassVar[bool] = True
+    unreached: Unreached = "blocks rest"
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class SkipDecode(WeightedSum):
         self._reach_SL = torch.tensor([schedule.reach for schedule in drawn])
 
     def active_blocks(
-        self, labels_BT: Tensor, position_ids: Tensor | None = None, *, training: bool = True
+        self, labels_BT: Tensor, position_ids: Tensor | None = None, *, step: int, training: bool = True
     ) -> Tensor | None:
         """Where each block runs, bool ``[L, B, T]``; see :meth:`Objective.active_blocks`."""
         assert self._schedule is not None, "bind the objective to a model first"

@@ -9,7 +9,7 @@ from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError
 from eetrain.exits import MultiExitModel
 from eetrain.objectives import JointGating
-from eetrain.objectives.weighted_sum import distils
+from eetrain.objectives.weighted_sum import WeightedSum, distils
 from eetrain.parallel.deepspeed_setup import EnginePrecision
 from eetrain.training import EarlyExitModule
 
@@ -53,7 +53,7 @@ def check_run(trainer: Trainer, module: LightningModule, zero_stage: int, precis
             hint="Use float32, or trainer.strategy.init_args.precision=bfloat16.",
         )
     objective = module.objective
-    if not isinstance(objective, JointGating) and objective.depth_weights(0) is None:
+    if not isinstance(objective, JointGating | WeightedSum):
         raise ConfigError(
             f"The objective {type(objective).__name__} cannot run in a pipeline: its loss is no weighted sum over "
             "depths, so stages cannot add their parts.",
@@ -68,7 +68,7 @@ def check_run(trainer: Trainer, module: LightningModule, zero_stage: int, precis
             hint="Set model.exits.output=tied, or use a strategy without stages (ddp, or "
             "eetrain.parallel.ZeroStrategy).",
         )
-    if objective.schedule is not None and (zero_stage or precision != "float32"):
+    if objective.unreached == "blocks rest" and (zero_stage or precision != "float32"):
         raise ConfigError(
             f"The objective {type(objective).__name__} leaves single blocks out of a step, and with "
             f"zero_stage={zero_stage} and precision={precision} DeepSpeed steps all parameters of a group: weights and "

@@ -38,7 +38,7 @@ class Rest:
     @classmethod
     def of(cls, module: LightningModule, optimizer: Optimizer) -> Rest | None:
         """What an objective needs that leaves parameters out of a step; ``None`` for others."""
-        idles = isinstance(module, EarlyExitModule) and module.objective.idles_parameters
+        idles = isinstance(module, EarlyExitModule) and module.objective.lets_rest
         return cls(optimizer) if idles else None
 
     def settle(self, device: torch.device) -> None:

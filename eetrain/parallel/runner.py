@@ -60,6 +60,7 @@ class PipelineRunner:
     ) -> None:
         self.pipeline, self.engine, self.objective = pipeline, engine, objective
         self.topology, self.micro_batches = topology, micro_batches
+        pipeline.stage.reach_all = objective.unreached == "zero"
         self._shape: tuple[object, ...] = ()
         self._resting: list[nn.Parameter] = []
         if engine.basic_optimizer is not None:
@@ -179,7 +180,7 @@ class PipelineRunner:
 
     def _out_of_reach(self) -> list[nn.Parameter]:
         """Trained parameters of blocks that ran nowhere in this step, on no replica."""
-        if self.objective.schedule is None:
+        if self.objective.unreached != "blocks rest":
             return []
         tied = {id(tie.parameter) for tie in self.pipeline.ties}
         trained = [p for p in self.pipeline.parameters() if p.requires_grad and id(p) not in tied]

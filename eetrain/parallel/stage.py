@@ -9,7 +9,7 @@ Shape suffixes: ``B`` rows, ``T`` positions, ``D`` hidden size, ``N = B * T`` to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from eetrain.backbones import Harvest, Harvester, PartialBlocks, Projection, blocks_of
 from eetrain.backbones.anatomy import causal_lm_of, decoder_of, submodule
 from eetrain.exits import MultiExitModel
+from eetrain.exits.model import RunBlocks
 from eetrain.objectives import FULL
 from eetrain.parallel.injection import carry
 from eetrain.planning.pieces import Piece
-
-RunBlocks = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 @dataclass
@@ -65,6 +64,7 @@ class Stage:
         self.pieces = tuple(pieces[bounds[index] : bounds[index + 1]])
         self.frozen = not any(parameter.requires_grad for parameter in model.backbone.parameters())
         self.last_trained_block = model.num_blocks
+        self.reach_all = False  # whether what a step leaves out has gradients of zero
         self._harvester: Harvester | None = None
 
     @property
@@ -107,7 +107,9 @@ class Stage:
             harvester, harvest = self._harvester, micro.harvest
             micro.run = lambda state_BTD, blocks: harvester.run(harvest, state_BTD, blocks)
         else:
-            micro.run = PartialBlocks(self._harvester, micro.harvest, micro.active_LBT, **masks).run
+            micro.run = PartialBlocks(
+                self._harvester, micro.harvest, micro.active_LBT, **masks, reach_all=self.reach_all
+            ).run
         return hidden_BTD
 
     def run_block(self, layer: int, hidden_BTD: Tensor, micro: MicroBatch) -> Tensor:

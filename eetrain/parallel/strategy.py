@@ -200,7 +200,9 @@ class PipelineStrategy(EngineStrategy):
         """A whole step: every micro-batch forward and backward, then the optimizer."""
         module, runner = self._module, self._built
         module.seed_noise(self.global_rank % runner.topology.replicas)
-        active_LBT = module.objective.active_blocks(batch["labels"], batch.get("position_ids"), training=True)
+        active_LBT = module.objective.active_blocks(
+            batch["labels"], batch.get("position_ids"), step=module.global_step, training=True
+        )
         if self.stages > 1:
             module.seed_noise(self.world_size + self.global_rank)
         step = module.global_step
@@ -399,6 +401,8 @@ class PipelineStrategy(EngineStrategy):
 
     def _score(self, batch: dict[str, Tensor], stage: Literal["val", "test"]) -> None:
         module, runner = self._module, self._built
-        active_LBT = module.objective.active_blocks(batch["labels"], batch.get("position_ids"), training=False)
+        active_LBT = module.objective.active_blocks(
+            batch["labels"], batch.get("position_ids"), step=module.global_step, training=False
+        )
         scored = runner.score(batch, active_LBT)
         module.record_scores(stage, scored.statistics, scored.layers, scored.labels_N)

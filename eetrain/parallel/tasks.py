@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eetrain.backbones import count_zero
 from eetrain.exits.gates import Gate
 from eetrain.exits.gating import stack_features, take_share
 from eetrain.objectives import FULL
@@ -103,6 +104,8 @@ class WeightedLosses(Task):
         """Inject the depth's loss; the full depth teaches."""
         if depth in self.weights:
             hidden_BTD = self._injected(stage, depth, hidden_BTD, micro)
+        else:
+            hidden_BTD = count_zero(hidden_BTD, *(stage.trained_at(depth) if stage.reach_all else ()))
         if depth == FULL and beside is not None:
 
             def features(last_BTD: Tensor) -> Tensor:

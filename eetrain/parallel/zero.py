@@ -76,17 +76,23 @@ class ZeroStrategy(EngineStrategy):
         """Refuse what ZeRO cannot do as one process does it; see :meth:`EngineStrategy.check`.
 
         Raises:
-            ConfigError: an objective whose blocks run at some positions only, or gates in bfloat16.
+            ConfigError: an objective that lets single blocks rest, drops some in stage 3, or trains gates in bfloat16.
         """
         super().check(trainer, module)
         if not isinstance(module, EarlyExitModule):
             return
         name = type(module.objective).__name__
-        if module.objective.schedule is not None:
+        if module.objective.unreached == "blocks rest":
             raise ConfigError(
                 f"The objective {name} leaves single blocks out of a step, and ZeRO steps all parameters of a group: "
                 "weights and moments of these blocks would decay.",
                 hint=f"Set {_PLAIN}.",
+            )
+        if module.objective.drops_blocks and self.stage == 3:
+            raise ConfigError(
+                f"The objective {name} drops blocks, each process its own, but in stage 3 of ZeRO all must call "
+                "the same modules in the same order.",
+                hint="Set trainer.strategy.init_args.stage=2, or leave dropout out of the objective.",
             )
         if module.objective.trains_gates and self.precision != "float32":
             raise ConfigError(
@@ -157,7 +163,7 @@ class ZeroStrategy(EngineStrategy):
 
 
 def read_by_objectives(model: MultiExitModel) -> Iterator[Tensor]:
-    """Parameters that objectives use outside the modules they belong to, or as often as the data ask for."""
+    """Parameters used outside the modules they belong to, or as often as the data of a process ask for."""
     _, shared = model.shared_tail()
     projections = [shared, *(model.head(layer).projection(shared) for layer in model.exit_layers)]
     found = [tensor for head in projections for tensor in (head.weight, head.bias) if tensor is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eetrain.backbones.routers import has_routers
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, MultiExitModel, MultiExitOutput
-from eetrain.objectives import MultiExitCrossEntropy, Objective, ObjectiveOutput, score
+from eetrain.objectives import FULL, MultiExitCrossEntropy, Objective, ObjectiveOutput, score
 from eetrain.objectives.gate_targets import gate_logits
 from eetrain.objectives.linear_ce import IGNORE_INDEX, shift_labels
 from eetrain.objectives.token_statistics import TokenStatistics
@@ -128,15 +128,31 @@ class EarlyExitModule(LightningModule):
             self.model.backbone.eval()
         return self
 
-    def forward(self, batch: Batch, *, full_depth: bool, routers: bool = False) -> MultiExitOutput:
-        """Run the model on a batch of the data module, each block where the objective wants it."""
+    def forward(
+        self, batch: Batch, *, full_depth: bool, routers: bool = False, exits: Sequence[int] | None = None
+    ) -> MultiExitOutput:
+        """Run the model on a batch of the data module, each block where the objective wants it.
+
+        Args:
+            batch: of the data module.
+            full_depth: see :meth:`eetrain.exits.MultiExitModel.forward`.
+            routers: see there.
+            exits: see there.
+        """
         model, mask, positions = self._built(), batch.get("attention_mask"), batch.get("position_ids")
-        active_LBT = self.objective.active_blocks(batch["labels"], positions, training=self.training)
-        if active_LBT is not None:
-            if routers and has_routers(model.backbone):
-                rank_zero_warn("The routers get no auxiliary loss where blocks run at some positions only.")
-            return model.run_scheduled(batch["input_ids"], active_LBT, mask, positions)
-        output: MultiExitOutput = model(batch["input_ids"], mask, positions, full_depth=full_depth, routers=routers)
+        active_LBT = self.objective.active_blocks(batch["labels"], positions, step=self._step(), training=self.training)
+        if active_LBT is not None and routers and has_routers(model.backbone):
+            rank_zero_warn("The routers get no auxiliary loss where blocks run at some positions only.")
+        output: MultiExitOutput = model(
+            batch["input_ids"],
+            mask,
+            positions,
+            exits=exits,
+            full_depth=full_depth,
+            routers=routers,
+            active_LBT=active_LBT,
+            reach_all=self.training and self.objective.unreached == "zero",
+        )
         return output
 
     def on_fit_start(self) -> None:
@@ -145,8 +161,7 @@ class EarlyExitModule(LightningModule):
         Raises:
             ConfigError: the run is too short, or its strategy would wait for parameters that rest.
         """
-        if not self.trainer.fast_dev_run:
-            self.objective.check_run(self.trainer.estimated_stepping_batches)
+        self.objective.prepare_run(self.trainer.estimated_stepping_batches, trial=bool(self.trainer.fast_dev_run))
         self._check_strategy()
         if self._noise_seed is None:
             self._noise_seed = self.trainer.strategy.broadcast(torch.initial_seed())
@@ -189,12 +204,14 @@ class EarlyExitModule(LightningModule):
 
     def compute_loss(self, batch: Batch, *, statistics: bool = False) -> ObjectiveOutput:
         """Forward pass and objective of one batch at the present step."""
-        step = self.global_step if self._trainer is not None else 0
-        trains = self.objective.trains_model_at(step)
+        step = self._step()
+        trains, weights = self.objective.trains_model_at(step), self.objective.depth_weights(step)
+        exits = None if weights is None else [depth for depth in weights if depth != FULL]
         routers = self.router_loss and self.settings.tuning != "frozen" and trains
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             # Not self(...): an engine's hooks on this module would end there and take away what the loss needs.
-            output = self.forward(batch, full_depth=self.objective.needs_full_depth(), routers=routers)
+            full_depth = self.objective.needs_full_depth()
+            output = self.forward(batch, full_depth=full_depth, routers=routers, exits=exits)
         return self.objective(output, batch["labels"], step=step, statistics=statistics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -285,6 +302,9 @@ class EarlyExitModule(LightningModule):
         assert self.model is not None, "the model is built in configure_model()"
         return self.model
 
+    def _step(self) -> int:
+        return self.global_step if self._trainer is not None else 0
+
     def _record_settings(self) -> None:
         self.save_hyperparameters(self.settings.to_dict())
 
@@ -303,6 +323,11 @@ class EarlyExitModule(LightningModule):
                 f"model.exits.gates is set, but the objective {name} trains no gates.",
                 hint="Use JointGating, or leave model.exits.gates out.",
             )
+        if self.objective.drops_blocks and tuning == "frozen":
+            raise ConfigError(
+                f"The objective {name} drops blocks, but with model.tuning=frozen none of them learns from it.",
+                hint="Leave dropout out of the objective, or set model.tuning=full or lora.",
+            )
         if self.settings.backbone.load == "exits" and self.objective.needs_full_depth():
             raise ConfigError(
                 f"model.backbone.load=exits leaves out the last blocks, but the objective {name} needs them.",
@@ -316,7 +341,7 @@ class EarlyExitModule(LightningModule):
 
     def _check_strategy(self) -> None:
         wrapper = self.trainer.strategy.model
-        if not (self.objective.idles_parameters and isinstance(wrapper, DistributedDataParallel)):
+        if not (self.objective.lets_rest and isinstance(wrapper, DistributedDataParallel)):
             return
         if not wrapper.find_unused_parameters:
             raise ConfigError(

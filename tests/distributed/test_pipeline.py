@@ -1,10 +1,19 @@
 """A pipeline is one process with the batches of all replicas: losses, gradients of every step, metrics and weights."""
 
 import pytest
+from layerskip_support import DropsByRow
 from pipeline_support import Case, Fitted, assert_same, fit, merged
 
 from eetrain.exits import GateConfig
-from eetrain.objectives import Distillation, EETuning, JointGating, MultiExitCrossEntropy, SkipDecode
+from eetrain.objectives import (
+    Distillation,
+    EETuning,
+    JointGating,
+    LayerDropout,
+    LayerSkip,
+    MultiExitCrossEntropy,
+    SkipDecode,
+)
 from eetrain.testing.processes import run_on_processes
 
 
@@ -26,6 +35,16 @@ def self_supervised(**settings):
 
 def distilled(**settings):
     return lambda: MultiExitCrossEntropy([0.1, 0.25, 0.5], distillation=Distillation(**settings))
+
+
+def layerskip():
+    """Draws of a replica are those of one process; block 4 drops most often."""
+    return LayerSkip("uniform", 0.5, "rotational", 3, dropout=LayerDropout(0.7))
+
+
+def by_row():
+    """Draws go by rows, so that several replicas drop what one process drops."""
+    return DropsByRow("sum", 1.0, "rotational", 2)
 
 
 GATES = GateConfig([0.2, 2.0], hidden=3, position_length=8)
@@ -85,6 +104,18 @@ CASES = {
         exits={"layers": []},
         packed=True,
     ),
+    "layerskip": Case(objective=layerskip, exits={"head": "tied"}, changes={"tie_word_embeddings": True}, clip=0.3),
+    "layerskip, own heads, packed": Case("qwen3", objective=layerskip, exits={"head": "mlp"}, packed=True),
+    "layerskip, lora": Case(objective=layerskip, tuning="lora"),
+    # Blocks that no row of a replica runs, and heads that are off, have gradients of zero and do not rest.
+    "layerskip by row": Case(objective=by_row, exits={"output": "own"}),
+    "layerskip, learned positions": Case("gpt2", objective=by_row),
+    "layerskip by row, zero 1": Case(objective=by_row, exits={"head": "mlp"}, strategy={"zero_stage": 1}),
+    "layerskip, bfloat16": Case(objective=by_row, strategy={"precision": "bfloat16"}),
+    "layerskip, bfloat16, zero 1": Case(objective=by_row, strategy={"precision": "bfloat16", "zero_stage": 1}),
+    "layerskip, frozen": Case(
+        objective=lambda: LayerSkip("uniform", 1.0, "rotational", 5), exits={"head": "mlp"}, tuning="frozen"
+    ),
     # The last stages have no exit, and so fewer groups of parameters than the first.
     "zero 1": Case(
         "qwen3",
@@ -129,7 +160,13 @@ CASES = {
     ),
 }
 # Replicas draw depths of their own, each for its rows.
-ON_ONE_REPLICA = {"skipdecode at random", "skipdecode at random, packed"}
+ON_ONE_REPLICA = {
+    "skipdecode at random",
+    "skipdecode at random, packed",
+    "layerskip",
+    "layerskip, own heads, packed",
+    "layerskip, lora",
+}
 QUICK = {
     "pp1": ["tied heads, tied embeddings, clipped", "gates, frozen"],
     "pp3": [
@@ -140,8 +177,9 @@ QUICK = {
         "skipdecode, a block rests",
         "bfloat16",
         "self-supervised, packed",
+        "layerskip",
     ],
-    "2x2": ["norm heads, packed", "gates", "zero 1", "distilled, tied embeddings, clipped"],
+    "2x2": ["norm heads, packed", "gates", "zero 1", "distilled, tied embeddings, clipped", "layerskip by row"],
 }
 SIZES = {"pp1": (1, 1), "pp2": (2, 2), "pp3": (3, 3), "pp4": (4, 4), "2x2": (4, 2), "1x2": (2, 1)}
 

@@ -8,13 +8,23 @@ import lightning
 import pytest
 import torch
 import torch.distributed as dist
+from layerskip_support import DropsByRow
 from lightning.pytorch import Callback
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from eetrain.errors import ConfigError
 from eetrain.exits import ExitConfig, GateConfig, MultiExitModel
-from eetrain.objectives import Distillation, EETuning, JointGating, MultiExitCrossEntropy, SkipDecode, linear_ce
+from eetrain.objectives import (
+    Distillation,
+    EETuning,
+    JointGating,
+    LayerDropout,
+    LayerSkip,
+    MultiExitCrossEntropy,
+    SkipDecode,
+    linear_ce,
+)
 from eetrain.parallel import ZeroStrategy
 from eetrain.testing.processes import run_on_processes
 from eetrain.testing.tiny import tiny_model
@@ -29,6 +39,10 @@ QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": 
 def gating():
     # Balance is by batch, and a batch is another one on one process.
     return JointGating(warmup_steps=1, phase_steps=1, class_balance=False)
+
+
+def by_row():
+    return DropsByRow("uniform", 1.0, "rotational", 2)
 
 
 # Those with `ddp` are compared with DDP on two processes: their loss is not a sum over the batch.
@@ -61,6 +75,14 @@ CASES = {
         "exits": {"gates": GateConfig([0.2, 2.0], hidden=3)},
         "ddp": True,
     },
+    # Processes drop different blocks; heads that are off have gradients of zero.
+    "layerskip": {"objective": by_row, "exits": {"head": "mlp", "output": "own"}},
+    "layerskip, learned positions": {"family": "gpt2", "objective": by_row, "exits": {"head": "block"}},
+    "layerskip, lora": {"objective": by_row, "tuning": "lora"},
+    "layerskip, nothing dropped": {
+        "objective": lambda: LayerSkip("uniform", 1.0, "rotational", 2),
+        "exits": {"head": "block", "output": "own"},
+    },
     "experts": {"family": "qwen3_moe", "module": {"activation_checkpointing": True}, "ddp": True},
 }
 QUICK = [
@@ -68,8 +90,14 @@ QUICK = [
     ("block heads, accumulated", 2),
     ("tied embeddings", 3),
     ("gates, clipped", 3),
+    ("layerskip", 2),
 ]
-SLOW = [(name, stage) for name in CASES for stage in (1, 2, 3) if (name, stage) not in QUICK]
+SLOW = [
+    (name, stage)
+    for name, case in CASES.items()
+    for stage in (1, 2, 3)
+    if (name, stage) not in QUICK and not (stage == 3 and case.get("objective") is by_row)
+]
 
 
 class Keep(Callback):
@@ -279,6 +307,14 @@ def test_bfloat16_trains_close_to_float32(slow, stage):
             "The objective SkipDecode leaves single blocks out of a step, and ZeRO steps all parameters of a group: "
             "weights and moments of these blocks would decay.",
             "Set trainer.strategy=ddp_find_unused_parameters_true.",
+        ),
+        (
+            {},
+            {"objective": lambda: LayerSkip(dropout=LayerDropout(0.1))},
+            {"stage": 3},
+            "The objective LayerSkip drops blocks, each process its own, but in stage 3 of ZeRO all must call "
+            "the same modules in the same order.",
+            "Set trainer.strategy.init_args.stage=2, or leave dropout out of the objective.",
         ),
         (
             {},

@@ -18,11 +18,13 @@ def test_their_number():
         "e2e/ee_tuning.yaml",
         "e2e/eesd.yaml",
         "e2e/joint_gating.yaml",
+        "e2e/layerskip.yaml",
         "e2e/multi_exit.yaml",
         "e2e/skipdecode.yaml",
         "e2e/skipdecode_range.yaml",
         "quickstart/exits.yaml",
         "quickstart/pretrain.yaml",
+        "shakespeare/layerskip.yaml",
         "shakespeare/pretrain.yaml",
         "shakespeare/skipdecode.yaml",
     ]

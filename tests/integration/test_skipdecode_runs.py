@@ -64,7 +64,7 @@ def test_the_loss_logged_is_that_of_the_schedule(tmp_path, capsys):
         depths = [3] * 3 + [max(2, int(3 - t / 5 + 0.5)) for t in range(1, ids.shape[1])]
         active = torch.tensor([[block <= 1 or block > 4 - (n - 1) for n in depths] for block in range(1, 5)])
         with torch.no_grad():
-            logits = model.logits(model.run_scheduled(ids, active[:, None, : ids.shape[1]]))
+            logits = model.logits(model(ids, active_LBT=active[:, None, : ids.shape[1]]))
         total += float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     assert logged == pytest.approx(total / count, rel=1e-5)

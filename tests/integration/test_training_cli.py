@@ -183,7 +183,7 @@ def test_public_names():
 
 def test_overlays_are_all_here():
     names = [str(path.relative_to(CONFIGS)) for path in OVERLAYS if path.parent.name in OWN_ROOMS]
-    assert len(names) == 18, names
+    assert len(names) == 22, names
     for path in OVERLAYS:
         settings = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
         assert path.read_text().startswith("# "), "the first line says what it is for"

@@ -74,7 +74,7 @@ def stacked(emitted) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def trained_graph(model, ids, active_LBT, mask=None, positions=None) -> torch.Tensor:
-    return model.logits(model.run_scheduled(ids, active_LBT, mask, positions))
+    return model.logits(model(ids, mask, positions, active_LBT=active_LBT))
 
 
 @contextmanager
@@ -293,7 +293,7 @@ def test_logits_and_gradients_are_those_of_brute_force(kind, attention, toleranc
         direction *= real[..., None]
         model = MultiExitModel(tiny_model("llama", attn_implementation=attention), ExitConfig(layers=[]))
         truth = tiny_model("llama")
-        output = model.run_scheduled(ids, active, mask, positions if kind == "packed" else None)
+        output = model(ids, mask, positions if kind == "packed" else None, active_LBT=active)
         got, want = model.logits(output), masked_everywhere(truth, ids, active & real, documents, positions)
         torch.testing.assert_close(got[real], want[real], rtol=0, atol=tolerance)
         (got * direction).sum().backward()
@@ -313,7 +313,7 @@ def test_a_block_that_never_runs_gets_no_gradient():
     model = MultiExitModel(tiny_model("llama"), ExitConfig(layers=[]))
     ids = sequences(lengths=(7, 7)).ids_BT
     active = activity(built("static:2"), [-1] * 7 + list(range(STEPS)))[:, None].expand(-1, 2, -1)
-    model.logits(model.run_scheduled(ids, active)).sum().backward()
+    model.logits(model(ids, active_LBT=active)).sum().backward()
     for number, block in enumerate(model.causal_lm.model.layers, start=1):
         for name, parameter in block.named_parameters():
             assert (parameter.grad is None) == (number in (2, 3)), name

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from eetrain.exits import ExitConfig, MultiExitModel
-from eetrain.objectives import Distillation, EETuning, MultiExitCrossEntropy
+from eetrain.objectives import Distillation, EETuning, LayerSkip, MultiExitCrossEntropy
 from eetrain.testing.tiny import tiny_model
 
 LAYERS, BLOCKS, VOCABULARY = (1, 3), 4, 61
@@ -76,6 +76,18 @@ def test_everything_learns_and_the_full_depth_by_its_labels_only(share, output):
         assert result.terms[f"distill/exit_{layer}"].item() == pytest.approx(divergence, rel=1e-10)
     assert {name for name in result.terms if name.startswith("distill/")} == {"distill/exit_1", "distill/exit_3"}
     assert not any(term.requires_grad for term in result.terms.values())
+
+
+def test_layerskip_distils_the_exits_that_are_on():
+    """Step 0 has exit 1 on, step 1 exit 3; weights 2 : 1 of the full depth make shares of 2/3 and 1/3."""
+    model, (ids_BT, labels_BT) = model_of(), batch()
+    objective = bound(LayerSkip("uniform", 2.0, "rotational", 2, distillation=Distillation(0.4)))
+    for step, weights in ((0, (2 / 3, 0.0)), (1, (0.0, 2 / 3))):
+        total, divergences = wanted_of(model, ids_BT, labels_BT, 0.4, weights, 1 / 3)
+        result = objective(model(ids_BT), labels_BT, step=step)
+        torch.testing.assert_close(result.total, total, rtol=1e-10, atol=1e-12)
+        layer = LAYERS[step]
+        assert result.terms[f"distill/exit_{layer}"].item() == pytest.approx(divergences[layer], rel=1e-10)
 
 
 @pytest.mark.parametrize("head", ["mlp", "block", "norm"])

@@ -234,12 +234,12 @@ def test_steps_out_of_range_are_refused(settings):
 
 def test_a_run_that_ends_before_the_gates_had_their_turn_is_refused():
     bound = objective()
-    bound.check_run(5)
-    bound.check_run(float("inf"))
+    bound.prepare_run(5)
+    bound.prepare_run(float("inf"))
     with pytest.raises(
         ConfigError, match=r"gates in steps 2 to 5 first, but the run ends after 4.*HINT: Set warmup_st"
     ):
-        bound.check_run(4)
+        bound.prepare_run(4)
 
 
 def test_one_trade_off_is_a_policy_to_decode_with():

@@ -41,7 +41,7 @@ def graphs(active_LBT: torch.Tensor, length: int) -> list[tuple[tuple[bool, ...]
 def test_blocks_run_where_the_schedule_says(prompt):
     text = f"skipdecode:max=6,min=3,length=5,prompt={prompt}"
     labels, positions = packed()
-    active = bound(text).active_blocks(labels, positions)
+    active = bound(text).active_blocks(labels, positions, step=0)
     assert (active.dtype, active.shape) == (torch.bool, (8, *labels.shape))
     schedule = parse_schedule(text).build(8)
     index = range(8) if prompt == "decay" else [-1, -1, -1, 0, 1, 2, 3, 4]
@@ -52,9 +52,9 @@ def test_blocks_run_where_the_schedule_says(prompt):
 def test_without_positions_a_row_is_one_document():
     labels = torch.tensor([[-100, 3, 3, 3], [-100, -100, -100, 3]])
     objective = bound("skipdecode:max=3,min=2,length=2", 3)
-    assert objective.active_blocks(labels)[1].int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert objective.active_blocks(labels, step=0)[1].int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     plain = bound("skipdecode:max=3,min=2,length=2", 3, prompt_tokens=2)
-    assert plain.active_blocks(labels)[1].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert plain.active_blocks(labels, step=0)[1].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
 
 
 def candidates(objective: SkipDecode, speeds=(1.5, 4.0), prompt="max") -> list[str]:
@@ -69,7 +69,7 @@ def test_every_document_draws_its_own_schedule_from_the_grid(prompt):
     labels, positions = packed(documents=400)
     objective = bound(f"skipdecode:max=8,min=3,length=5,prompt={prompt}", train_depth="random")
     torch.manual_seed(0)
-    found = graphs(objective.active_blocks(labels, positions), 8)
+    found = graphs(objective.active_blocks(labels, positions, step=0), 8)
     index = range(8) if prompt == "decay" else generated_index(labels, positions)[0][0, :8].tolist()
     wanted = set()
     for text in candidates(objective, prompt=prompt):
@@ -87,21 +87,21 @@ def test_draws_follow_the_global_generator():
 
     def draw(seed):
         torch.manual_seed(seed)
-        return objective.active_blocks(labels, positions)
+        return objective.active_blocks(labels, positions, step=0)
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     torch.manual_seed(1)
-    objective.active_blocks(labels, positions)
-    assert not torch.equal(draw(1), objective.active_blocks(labels, positions)), "the next batch draws anew"
+    objective.active_blocks(labels, positions, step=0)
+    assert not torch.equal(draw(1), objective.active_blocks(labels, positions, step=0)), "the next batch draws anew"
 
 
 def test_validation_runs_the_schedule_given_and_draws_nothing():
     labels, positions = packed()
     state = torch.get_rng_state()
-    held_out = bound(train_depth="random").active_blocks(labels, positions, training=False)
-    assert torch.equal(held_out, bound().active_blocks(labels, positions))
-    assert torch.equal(held_out, bound().active_blocks(labels, positions, training=False))
+    held_out = bound(train_depth="random").active_blocks(labels, positions, training=False, step=0)
+    assert torch.equal(held_out, bound().active_blocks(labels, positions, step=0))
+    assert torch.equal(held_out, bound().active_blocks(labels, positions, training=False, step=0))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -112,7 +112,7 @@ def test_the_fastest_speed_a_model_allows_can_be_the_end_of_the_range(num_blocks
     limit = bound(num_blocks=num_blocks, train_depth="random", speeds=(1.5, num_blocks / 2))
     labels, positions = packed()
     for each in (objective, limit):
-        assert each.active_blocks(labels, positions)[-1].all()
+        assert each.active_blocks(labels, positions, step=0)[-1].all()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_schedules_that_do_not_fit_the_model(schedule, layers, settings, message
 
 def test_it_must_be_bound_first():
     with pytest.raises(AssertionError, match="bind the objective to a model first"):
-        SkipDecode(TEXT).active_blocks(torch.zeros(1, 2, dtype=torch.int64))
+        SkipDecode(TEXT).active_blocks(torch.zeros(1, 2, dtype=torch.int64), step=0)
 
 
 def model_and_batch():
@@ -197,7 +197,7 @@ def model_and_batch():
 def test_the_loss_is_transformers_own_when_everything_runs():
     model, ids, labels = model_and_batch()
     objective = bound("skipdecode:max=4,min=4", 4)
-    out = objective(model.run_scheduled(ids, objective.active_blocks(labels)), labels, step=0)
+    out = objective(model(ids, active_LBT=objective.active_blocks(labels, step=0)), labels, step=0)
     wanted = model.causal_lm(ids, labels=labels).loss.double()
     torch.testing.assert_close(out.total, wanted, rtol=1e-6, atol=1e-6)
     assert objective.needs_full_depth()
@@ -208,12 +208,12 @@ def test_the_loss_is_transformers_own_when_everything_runs():
 def test_the_loss_is_the_cross_entropy_of_the_scheduled_graph():
     model, ids, labels = model_and_batch()
     objective = bound("skipdecode:max=4,min=2,length=5", 4)
-    active = objective.active_blocks(labels)
-    logits = model.logits(model.run_scheduled(ids, active))
+    active = objective.active_blocks(labels, step=0)
+    logits = model.logits(model(ids, active_LBT=active))
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     plain = model.causal_lm(ids, labels=labels).loss.detach()
     for statistics in (False, True):
-        out = objective(model.run_scheduled(ids, active), labels, step=3, statistics=statistics)
+        out = objective(model(ids, active_LBT=active), labels, step=3, statistics=statistics)
         torch.testing.assert_close(out.total, wanted, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(out.terms["ce/full"], wanted.detach(), rtol=1e-6, atol=1e-6)
         assert abs(float(out.total.detach() - plain)) > 1e-3
@@ -228,7 +228,7 @@ def test_the_kernel_is_used_for_steps_without_statistics_only():
     """The cut-cross-entropy kernels refuse to run here, so a step that gets through did not ask for them."""
     model, ids, labels = model_and_batch()
     objective = bound("skipdecode:max=4,min=2,length=5", 4, kernel="cce")
-    active = objective.active_blocks(labels)
-    assert objective(model.run_scheduled(ids, active), labels, step=0, statistics=True).total.isfinite()
+    active = objective.active_blocks(labels, step=0)
+    assert objective(model(ids, active_LBT=active), labels, step=0, statistics=True).total.isfinite()
     with pytest.raises(ConfigError, match="cce"):
-        objective(model.run_scheduled(ids, active), labels, step=0)
+        objective(model(ids, active_LBT=active), labels, step=0)
