@@ -4,7 +4,7 @@ from eetrain.decoding.generation import generate
 from eetrain.decoding.loop import EarlyExitOutput
 from eetrain.decoding.policies import Always, Gated, Never, Scheduled, Threshold, parse_policy
 from eetrain.decoding.policy import ExitPolicy, Policy, Route
-from eetrain.decoding.speculative import Speculation, Speculative
+from eetrain.decoding.speculation import Speculation, Speculative
 from eetrain.decoding.start import start
 
 __all__ = [

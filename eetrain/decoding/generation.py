@@ -13,8 +13,8 @@ from eetrain.decoding.loop import EarlyExitOutput, decode
 from eetrain.decoding.policies import Never, parse_policy
 from eetrain.decoding.policy import Policy
 from eetrain.decoding.runner import StepRunner
-from eetrain.decoding.speculative_loop import decode_speculatively
-from eetrain.decoding.speculative_runner import SpeculativeRunner
+from eetrain.decoding.speculation.loop import decode_speculatively
+from eetrain.decoding.speculation.runner import SpeculativeRunner
 from eetrain.decoding.start import start
 from eetrain.errors import ConfigError, UnsupportedModelError
 

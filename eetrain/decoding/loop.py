@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from eetrain.decoding.runner import StepRunner
-from eetrain.decoding.speculative import Speculation
+from eetrain.decoding.speculation import Speculation
 
 
 @dataclass

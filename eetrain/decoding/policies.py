@@ -21,9 +21,9 @@ from torch import Tensor
 
 from eetrain import shorthand
 from eetrain.decoding.confidence import MEASURES, Evidence
-from eetrain.decoding.draft_stop import parse_stop
 from eetrain.decoding.policy import Decodable, ExitPolicy, Policy, Repair, Route, check_full_depth, listed
-from eetrain.decoding.speculative import Speculative, parse_exits
+from eetrain.decoding.speculation.policy import Speculative, parse_exits
+from eetrain.decoding.speculation.stopping import parse_stop
 from eetrain.errors import ConfigError
 from eetrain.exits.gating import conditional
 from eetrain.schedules import SCHEDULES, ScheduleSpec

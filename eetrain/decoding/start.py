@@ -11,8 +11,8 @@ from eetrain.decoding.policies import Scheduled, parse_policy
 from eetrain.decoding.policy import ExitPolicy, Policy
 from eetrain.decoding.runner import Runner
 from eetrain.decoding.schedule_runner import ScheduleRunner
-from eetrain.decoding.speculative import Speculative
-from eetrain.decoding.speculative_runner import SpeculativeRunner
+from eetrain.decoding.speculation import Speculative
+from eetrain.decoding.speculation.runner import SpeculativeRunner
 
 if TYPE_CHECKING:
     from eetrain.exits import MultiExitModel

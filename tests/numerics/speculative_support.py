@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from eetrain import ExitConfig, MultiExitModel
 from eetrain.backbones import blocks_of
-from eetrain.decoding.speculative_runner import SpeculativeRunner
+from eetrain.decoding.speculation.runner import SpeculativeRunner
 from eetrain.testing.tiny import tiny_model
 
 UNTIED = {"gemma": {"tie_word_embeddings": False}}
@@ -65,8 +65,8 @@ def rounds(model: MultiExitModel, policy, rows: int, new: int, after_round) -> S
     runner = SpeculativeRunner(model, parse_policy(policy), ids, mask, positions_of(mask))
     logits, _ = runner.prefill()
     runner.feed(logits.float().argmax(-1))
-    while min(runner.complete) < ids.shape[1] + new:
-        runner.round([max(1, ids.shape[1] + new - complete) for complete in runner.complete])
+    while min(runner.rows.complete) < ids.shape[1] + new:
+        runner.round([max(1, ids.shape[1] + new - complete) for complete in runner.rows.complete])
         after_round(runner)
     return runner
 
@@ -74,9 +74,9 @@ def rounds(model: MultiExitModel, policy, rows: int, new: int, after_round) -> S
 def check_cache(model: MultiExitModel, runner: SpeculativeRunner) -> None:
     """Keys and values of all complete slots are those of one forward over the row's tokens alone."""
     start = runner.prompt_slots
-    for row, complete in enumerate(runner.complete):
-        real = runner.visible[row, :start]
-        ids = torch.cat([runner.ids[row, :start][real], runner.ids[row, start:complete]])[None]
+    for row, complete in enumerate(runner.rows.complete):
+        real = runner.rows.visible[row, :start]
+        ids = torch.cat([runner.rows.ids[row, :start][real], runner.rows.ids[row, start:complete]])[None]
         mask = torch.ones_like(ids)
         truth = full_cache(model, Forced(ids, mask, positions_of(mask), ids.shape[1]))
         for block in range(model.num_blocks):

@@ -45,7 +45,7 @@ def test_the_cache_is_that_of_one_full_forward_after_every_round(family):
     lengths = []
 
     def after_round(runner):
-        lengths.append(set(runner.complete))
+        lengths.append(set(runner.rows.complete))
         check_cache(model, runner)
 
     rounds(model, "speculative:exit=2,draft=4", 4, 16, after_round)

@@ -13,8 +13,9 @@ from eetrain import ExitConfig, MultiExitModel
 from eetrain.backbones import blocks_of
 from eetrain.decoding import parse_policy
 from eetrain.decoding.cache import SlotLayer
-from eetrain.decoding.draft_levels import DraftLevels
-from eetrain.decoding.speculative_runner import SpeculativeRunner
+from eetrain.decoding.speculation.levels import DraftLevels
+from eetrain.decoding.speculation.rows import RaggedRows
+from eetrain.decoding.speculation.runner import SpeculativeRunner
 from eetrain.testing.statistics import chi_square_p
 from eetrain.testing.tiny import tiny_model
 
@@ -65,7 +66,7 @@ def test_no_block_sees_the_same_token_in_the_same_place_twice(policy):
     def advance(self, level):
         lacking = range(self.reached[level][0], self.known[0])
         for slot in lacking:
-            text = tuple(self.runner.ids[0, : slot + 1].tolist())
+            text = tuple(self.rows.ids[0, : slot + 1].tolist())
             start = self.depths[level - 1] if level else 0
             keys = [(block, text) for block in range(start + 1, self.depths[level] + 1)]
             seen.update(keys)
@@ -104,7 +105,7 @@ FAULTS = {
     "one key is missing": lambda: mock.patch.object(SlotLayer, "update", faulty_update(1)),
     "one key of a verifying block is missing": lambda: mock.patch.object(SlotLayer, "update", faulty_update(3)),
     "positions are off by one": lambda: mock.patch.object(
-        SpeculativeRunner, "positions_in", lambda self, slots: slots + self._offset_B1 + 1
+        RaggedRows, "positions_in", lambda self, slots: slots + self._offset_B1 + 1
     ),
     "what fell is not cut": lambda: mock.patch.object(
         DraftLevels, "put", lambda self, row, slots, level: self.known.__setitem__(row, slots)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eetrain.decoding.acceptance import draw
-from eetrain.decoding.draftable import DraftScores
 from eetrain.decoding.loop import EarlyExitOutput, outside_inference_mode
-from eetrain.decoding.speculative_runner import Gained, SpeculativeRunner
-from eetrain.decoding.transcript import Transcript
+from eetrain.decoding.speculation.acceptance import draw
+from eetrain.decoding.speculation.processors import DraftScores
+from eetrain.decoding.speculation.round import Choice
+from eetrain.decoding.speculation.runner import Gained, SpeculativeRunner
+from eetrain.decoding.speculation.transcript import Transcript
 
 
 def decode_speculatively(
@@ -32,12 +33,11 @@ def decode_speculatively(
     Raises:
         ConfigError: a logits processor cannot be applied to drafts.
     """
-    runner.scores = DraftScores(logits_processor, len(input_ids))
-    runner.samples = bool(generation_config.do_sample)
     pad = generation_config._pad_token_tensor
     fill = 0 if pad is None else int(pad)
     transcript = Transcript(input_ids, stopping_criteria, fill, runner.model.num_blocks, streamer)
-    runner.ends = transcript.end_tokens
+    scores = DraftScores(logits_processor, len(input_ids))
+    runner.choice = Choice(scores, bool(generation_config.do_sample), transcript.end_tokens)
     record = _Record(generation_config, len(input_ids))
     with torch.inference_mode():
         _decode(runner, transcript, record)
@@ -70,9 +70,9 @@ def _first(runner: SpeculativeRunner) -> Gained:
     """The prompt's pass and the token it predicts."""
     logits_BV, _ = runner.prefill()
     logits_B1V = logits_BV[:, None]
-    scores_B1V = runner.scores(logits_B1V, runner.ids, [runner.prompt_slots - 1] * len(logits_BV))
+    scores_B1V = runner.choice.scores(logits_B1V, runner.ids, [runner.prompt_slots - 1] * len(logits_BV))
     scores_BV = scores_B1V[:, 0]
-    runner.feed(draw(scores_BV.softmax(dim=-1)) if runner.samples else scores_BV.argmax(dim=-1))
+    runner.feed(draw(scores_BV.softmax(dim=-1)) if runner.choice.samples else scores_BV.argmax(dim=-1))
     rows = len(logits_BV)
     return Gained([1] * rows, [[0]] * rows, logits_B1V, scores_B1V)
 
@@ -80,8 +80,7 @@ def _first(runner: SpeculativeRunner) -> Gained:
 def _add(transcript: Transcript, record: _Record, rows: list[int], gained: Gained, runner: SpeculativeRunner) -> None:
     """Write a round's tokens down; those of a row are the last ones the runner has."""
     for place, row in enumerate(rows):
-        count, end = gained.counts[place], runner.complete[place] + 1
-        tokens = runner.ids[place, end - count : end].tolist()
+        tokens = runner.newest_tokens(place, gained.counts[place])
         taken = transcript.add(row, tokens, gained.drafted_by[place])
         record.add(row, gained, place, taken)
     transcript.stream()

@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from eetrain.backbones import Harvest, narrowed, picked, ragged_masks
 from eetrain.decoding.cache import Window
-
-if TYPE_CHECKING:
-    from eetrain.decoding.speculative_runner import SpeculativeRunner
+from eetrain.decoding.speculation.rows import RaggedRows
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class DraftLevels:
     """Advance levels over slots, and cut rows.
 
     Args:
-        runner: whose tokens and cache are worked on.
+        rows: whose tokens and cache are worked on.
         exits: that draft, shallowest first.
         columns: how many slots a row may grow in the round, its first incomplete one included.
 
@@ -58,23 +55,21 @@ class DraftLevels:
         reached: by level, slots of each row that its blocks have run over.
     """
 
-    def __init__(self, runner: SpeculativeRunner, exits: Sequence[int], columns: int) -> None:
-        self.runner = runner
-        self.depths = (*exits, runner.model.num_blocks)
-        self.base = list(runner.complete)
+    def __init__(self, rows: RaggedRows, exits: Sequence[int], columns: int) -> None:
+        self.rows = rows
+        self.depths = (*exits, rows.model.num_blocks)
+        self.base = list(rows.complete)
         self.known = [slots + 1 for slots in self.base]
         self.reached = [list(self.base) for _ in self.depths]
         self.columns = columns
         slots = max(self.base) + columns
-        runner.reserve(slots + columns)  # a row that lags behind looks at tokens beyond its own
-        self._base_B = torch.tensor(self.base, device=runner.ids.device)
-        self._slot_BC = self._base_B[:, None] + torch.arange(columns, device=runner.ids.device)
-        self._position_BC = runner.positions_in(self._slot_BC)
+        rows.reserve(slots + columns)  # a row that lags behind looks at tokens beyond its own
+        self._base_B = torch.tensor(self.base, device=rows.ids.device)
+        self._slot_BC = self._base_B[:, None] + torch.arange(columns, device=rows.ids.device)
+        self._position_BC = rows.positions_in(self._slot_BC)
         self._even = min(self.base) == max(self.base)
         self._states: list[Tensor | None] = [None] * len(exits)
-        self._masks = ragged_masks(
-            runner.decoder_config, self._base_B, columns, runner.visible[:, :slots], runner.hidden_dtype
-        )
+        self._masks = ragged_masks(rows.config, self._base_B, columns, rows.visible[:, :slots], rows.dtype)
 
     def advance(self, level: int) -> Advance | None:
         """Run ``level`` over all slots it lacks, the levels before it first; ``None`` if it lacks none."""
@@ -91,14 +86,14 @@ class DraftLevels:
         state_BWD = harvest.hidden_BTD if level == 0 else self._read(level - 1, shared, column_BW, width)
         start = self.depths[level - 1] if level else 0
         blocks = range(start + 1, self.depths[level] + 1)
-        state_BWD = self.runner.harvester_to(self.depths[level]).run(harvest, state_BWD, blocks)
-        self.runner.block_calls += len(blocks) * sum(lacking)
+        state_BWD = self.rows.harvester_to(self.depths[level]).run(harvest, state_BWD, blocks)
+        self.rows.block_calls += len(blocks) * sum(lacking)
         self.reached[level] = list(self.known)
         features_BWD = None
         if level < len(self._states):
             self._write(level, shared, column_BW, state_BWD)
-            if self.runner.model.head(self.depths[level]).attends:
-                features_BWD = self.runner.features(self.depths[level], state_BWD, harvest)
+            if self.rows.model.head(self.depths[level]).attends:
+                features_BWD = self.rows.features(self.depths[level], state_BWD, harvest)
         first = [slots + column for slots, column in zip(self.base, columns, strict=True)]
         first_B = torch.tensor(first, device=self._base_B.device)
         return Advance(first, first_B, width, state_BWD, harvest, features_BWD)
@@ -122,7 +117,7 @@ class DraftLevels:
         return (start_B1 + torch.arange(width, device=start_B1.device)).clamp(max=self._slot_BC.shape[1] - 1)
 
     def _harvest(self, level: int, columns: list[int], column_BW: Tensor | None, width: int) -> Harvest:
-        runner, start = self.runner, columns[0]
+        rows, start = self.rows, columns[0]
         firsts = [slots + column for slots, column in zip(self.base, columns, strict=True)]
         first, last = min(firsts), min(max(firsts) + width, max(self.base) + self.columns)
         if column_BW is None:
@@ -133,10 +128,10 @@ class DraftLevels:
             slot_BW, position_BW = self._slot_BC.gather(1, column_BW), self._position_BC.gather(1, column_BW)
             masks = picked(self._masks, column_BW, last)
         together = self._even and column_BW is None
-        ids_BW = runner.ids[:, first:last] if together else runner.ids.gather(1, slot_BW)
-        runner.cache.window = Window(first, last, slots=None if together else slot_BW)
-        return runner.harvester_to(self.depths[level])(
-            ids_BW, attention_mask=masks, position_ids=position_BW, cache=runner.cache
+        ids_BW = rows.ids[:, first:last] if together else rows.ids.gather(1, slot_BW)
+        rows.cache.window = Window(first, last, slots=None if together else slot_BW)
+        return rows.harvester_to(self.depths[level])(
+            ids_BW, attention_mask=masks, position_ids=position_BW, cache=rows.cache
         )
 
     def _read(self, level: int, shared: int | None, column_BW: Tensor | None, width: int) -> Tensor:
@@ -148,10 +143,10 @@ class DraftLevels:
         return states_BCD.gather(1, column_BW[..., None].expand(-1, -1, states_BCD.shape[-1]))
 
     def _write(self, level: int, shared: int | None, column_BW: Tensor | None, state_BWD: Tensor) -> None:
-        rows, width, size = state_BWD.shape
+        width, size = state_BWD.shape[1:]
         states_BCD = self._states[level]
         if states_BCD is None:
-            states_BCD = self._states[level] = state_BWD.new_zeros(rows, self._slot_BC.shape[1], size)
+            states_BCD = self._states[level] = state_BWD.new_zeros(*self._slot_BC.shape, size)
         if shared is not None:
             states_BCD[:, shared : shared + width] = state_BWD
         else:

@@ -11,18 +11,37 @@ from a row's first incomplete one on), ``V`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from eetrain.decoding.acceptance import Verdict, draw, verify_greedily, verify_sampled
-from eetrain.decoding.draft_levels import Advance, DraftLevels
+from eetrain.decoding.speculation.acceptance import Verdict, draw, verify_greedily, verify_sampled
+from eetrain.decoding.speculation.levels import Advance, DraftLevels
+from eetrain.decoding.speculation.processors import DraftScores
+from eetrain.decoding.speculation.rows import RaggedRows
+from eetrain.decoding.speculation.stopping import DraftStop
 
-if TYPE_CHECKING:
-    from eetrain.decoding.speculative_runner import SpeculativeRunner
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen from logits.
+
+    Attributes:
+        scores: processes logits.
+        samples: whether tokens are drawn, or the likeliest one is taken.
+        ends: tokens that end a row.
+    """
+
+    scores: DraftScores
+    samples: bool = False
+    ends: Collection[int] = ()
+
+    @classmethod
+    def greedy(cls, num_rows: int) -> Choice:
+        """The likeliest token, logits as they are."""
+        return cls(DraftScores([], num_rows))
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,9 @@ class DraftRound:
     """Grow every row by drafts, then verify them.
 
     Args:
-        runner: whose rows, tokens and cache are worked on.
+        rows: whose tokens and cache are worked on.
+        choice: how tokens are chosen, at every level.
+        stop: ends drafts of the first exit early.
         exits: that draft, shallowest first.
         lengths: of each exit's drafts.
         room: how many tokens each row may gain.
@@ -58,10 +79,16 @@ class DraftRound:
     """
 
     def __init__(
-        self, runner: SpeculativeRunner, exits: Sequence[int], lengths: Sequence[int], room: Sequence[int]
+        self,
+        rows: RaggedRows,
+        choice: Choice,
+        stop: DraftStop,
+        exits: Sequence[int],
+        lengths: Sequence[int],
+        room: Sequence[int],
     ) -> None:
-        self.runner, self.lengths = runner, tuple(lengths)
-        self.levels = DraftLevels(runner, exits, 1 + sum(length + 1 for length in lengths))
+        self.rows, self.choice, self.stop, self.lengths = rows, choice, stop, tuple(lengths)
+        self.levels = DraftLevels(rows, exits, 1 + sum(length + 1 for length in lengths))
         self.drafted_by: list[list[int]] = [[] for _ in room]
         self._confidences: list[list[float]] = [[] for _ in room]
         # The full depth adds a token of its own, so one less is drafted.
@@ -77,15 +104,15 @@ class DraftRound:
     def verify(self) -> Judgement:
         """Run the remaining blocks over what was drafted; keep what stands and one token more."""
         judgement = self._judge(len(self.lengths), set(range(len(self.drafted_by))))
-        self.runner.complete = [known - 1 for known in self.levels.known]
+        self.rows.complete = [known - 1 for known in self.levels.known]
         return judgement
 
     def _grow(self, level: int, goals: list[int]) -> None:
         """Approve tokens at ``level`` until each row has its goal of known slots, or its draft is stopped."""
-        known, newest = self.levels.known, self.runner.newest
+        known, newest = self.levels.known, self.rows.newest
         going = set(range(len(goals)))
         while True:
-            going = {row for row in going if known[row] < goals[row] and newest[row] not in self.runner.ends}
+            going = {row for row in going if known[row] < goals[row] and newest[row] not in self.choice.ends}
             if not going:
                 return
             if level:
@@ -96,14 +123,13 @@ class DraftRound:
 
     def _judge(self, level: int, rows: set[int]) -> Judgement:
         """Advance a level, and cut or extend ``rows`` by its logits; the others stay as they are."""
-        levels, runner = self.levels, self.runner
+        levels = self.levels
         before = list(levels.reached[level])
         drafted = [levels.known[row] - before[row] - 1 if row in rows else 0 for row in range(len(before))]
         advance = levels.advance(level)
         assert advance is not None, "there is always the newest token"
-        full = level == len(self.lengths)
-        logits_BWV = runner.full_logits(advance) if full else runner.exit_logits(levels.depths[level], advance)
-        scores_BWV = runner.scores(logits_BWV, runner.ids, advance.first)
+        logits_BWV = self._logits(level, advance)
+        scores_BWV = self.choice.scores(logits_BWV, self.rows.ids, advance.first)
         verdict = self._verdict(advance, scores_BWV, drafted)
         accepted = verdict.accepted.tolist()
         stopped = self._stops(scores_BWV, rows) if level == 0 else set()
@@ -112,10 +138,18 @@ class DraftRound:
         self._put(level, rows - stopped, advance, verdict, accepted)
         return Judgement(logits_BWV, scores_BWV, drafted, accepted, stopped)
 
+    def _logits(self, level: int, advance: Advance) -> Tensor:
+        if level == len(self.lengths):
+            return self.rows.full_logits(advance.state_BWD)
+        layer, features_BWD = self.levels.depths[level], advance.features_BWD
+        if features_BWD is None:
+            features_BWD = self.rows.features(layer, advance.state_BWD, advance.harvest)
+        return self.rows.exit_logits(layer, features_BWD)
+
     def _verdict(self, advance: Advance, scores_BWV: Tensor, drafted: list[int]) -> Verdict:
         drafts_BK = self._drafts(advance) if advance.width > 1 else None
         counts_B = torch.tensor(drafted, device=scores_BWV.device)
-        if not self.runner.samples:
+        if not self.choice.samples:
             if drafts_BK is None:
                 return Verdict(counts_B, scores_BWV[:, 0].argmax(dim=-1))
             return verify_greedily(scores_BWV, drafts_BK, counts_B)
@@ -128,7 +162,7 @@ class DraftRound:
 
     def _drafts(self, advance: Advance) -> Tensor:
         ahead_K = torch.arange(1, advance.width, device=advance.first_B.device)
-        return self.runner.ids.gather(1, advance.first_B[:, None] + ahead_K)
+        return self.rows.ids.gather(1, advance.first_B[:, None] + ahead_K)
 
     def _place_q(self, advance: Advance) -> Tensor:
         """Columns of the tokens that the window's positions predict, ``[B, W]``; the last one is for those unseen."""
@@ -151,14 +185,13 @@ class DraftRound:
 
     def _stops(self, scores_BWV: Tensor, rows: set[int]) -> set[int]:
         """Rows whose draft ends here: their exit is not sure enough, and its choice is not used."""
-        stop = self.runner.stop
         sure = [1.0] * len(self.drafted_by)
-        if stop.asks_confidence:
+        if self.stop.asks_confidence:
             scores_BV = scores_BWV[:, 0]
             sure = torch.exp(scores_BV.amax(dim=-1) - scores_BV.logsumexp(dim=-1)).tolist()
         stopped = set()
         for row in sorted(rows):
-            if stop.keeps(sure[row], len(self._confidences[row])):
+            if self.stop.keeps(sure[row], len(self._confidences[row])):
                 self._confidences[row].append(sure[row])
             else:
                 stopped.add(row)
@@ -168,23 +201,23 @@ class DraftRound:
         """Tell the stopping rule what the next level made of the first exit's drafts."""
         for row in sorted(rows):
             if self._confidences[row]:
-                self.runner.stop.observe(self._confidences[row], accepted[row])
+                self.stop.observe(self._confidences[row], accepted[row])
             self._confidences[row] = []
 
     def _put(self, level: int, rows: set[int], advance: Advance, verdict: Verdict, accepted: list[int]) -> None:
         """Cut rows behind what stands, and put the level's own token there."""
-        levels, runner = self.levels, self.runner
+        levels = self.levels
         slots = [
             advance.first[row] + accepted[row] + 1 if row in rows else levels.known[row]
             for row in range(len(self.drafted_by))
         ]
         # Rows that stay as they are get a token behind their end, where nobody looks.
-        place_B1 = torch.tensor(slots, device=runner.ids.device)[:, None]
-        runner.ids.scatter_(1, place_B1, verdict.tokens[:, None])
+        place_B1 = torch.tensor(slots, device=self.rows.ids.device)[:, None]
+        self.rows.ids.scatter_(1, place_B1, verdict.tokens[:, None])
         tokens = verdict.tokens.tolist()
         for row in rows:
             levels.put(row, slots[row] + 1, level)
-            runner.newest[row] = tokens[row]
+            self.rows.newest[row] = tokens[row]
             gained = slots[row] - levels.base[row] - 1
             own = levels.depths[level] if level < len(self.lengths) else 0
             self.drafted_by[row] = [*self.drafted_by[row][:gained], own]

@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 
-from eetrain.decoding.draft_stop import CalibratedStop, ConfidenceStop, FixedLength, ThompsonStop, build_stop
-from eetrain.decoding.speculative import Speculative, memory_of
+from eetrain.decoding.speculation.policy import Speculative, memory_of
+from eetrain.decoding.speculation.stopping import CalibratedStop, ConfidenceStop, FixedLength, ThompsonStop, build_stop
 from eetrain.errors import ConfigError
 
 CAP = 8

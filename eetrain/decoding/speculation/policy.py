@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from eetrain.decoding.draft_stop import DraftStop, build_stop, check_stop
-from eetrain.decoding.draft_tuning import DraftTuner
 from eetrain.decoding.policy import Decodable, Policy, check_full_depth, listed
+from eetrain.decoding.speculation.stopping import DraftStop, build_stop, check_stop
+from eetrain.decoding.speculation.tuning import DraftTuner
 from eetrain.errors import ConfigError
 from eetrain.shorthand import integers, spell
 
@@ -77,7 +77,7 @@ class Speculative(Policy):
         draft: how many tokens are drafted before the next exit, or the full depth, verifies them: one number for all
             exits, or one for each. With ``exit=auto`` the longest.
         stop: end a draft early: where the exit is not surer than this number, or by the rule ``thompson`` or
-            ``calibrated``; see :mod:`eetrain.decoding.draft_stop`.
+            ``calibrated``; see :mod:`eetrain.decoding.speculation.stopping`.
     """
 
     exit: Exits = AUTO

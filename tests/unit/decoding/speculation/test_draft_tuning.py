@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from eetrain.decoding.draft_tuning import DraftTuner, expected_tokens
+from eetrain.decoding.speculation.tuning import DraftTuner, expected_tokens
 
 # exit -> (share of drafts that stand, seconds a draft, seconds to verify)
 EXITS = {1: (0.5, 1.0, 10.0), 2: (0.85, 1.6, 9.5), 3: (0.9, 4.0, 9.0)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eetrain.decoding.acceptance import draw, verify_greedily, verify_sampled
+from eetrain.decoding.speculation.acceptance import draw, verify_greedily, verify_sampled
 from eetrain.testing.statistics import chi_square_p
 
 DRAWS = 40_000
