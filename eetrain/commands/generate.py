@@ -52,8 +52,8 @@ def generate(
         prompts_file: one prompt a line, or one a record of a .csv, .json, .jsonl or .parquet file.
         template: how a record becomes a prompt, such as '{mr}\n=> '; by default '{prompt}'.
         limit: take at most so many prompts of the file.
-        policy: such as never, always:6, threshold:0.9, gate:0.5 or skipdecode:max=9,min=4; by default the one
-            stored in the checkpoint, else never.
+        policy: such as never, speculative:exit=3,draft=4, always:6, threshold:0.9, gate:0.5 or
+            skipdecode:max=9,min=4; by default the one stored in the checkpoint, else never.
         max_new_tokens: at most so many tokens a prompt.
         do_sample: draw tokens instead of taking the most likely one.
         temperature: divides the logits when sampling.

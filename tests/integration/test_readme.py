@@ -97,6 +97,25 @@ def test_commands_on_several_processes_run(workplace, monkeypatch):
     assert "all exits: +0.62 %" in ran.stdout
 
 
+def test_commands_of_self_speculation_run(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    lines = words(commands("sh")[4])
+    assert [line[1] for line in lines] == ["fit", "export", "generate", "bench", "generate", "fit"]
+    for _, verb, *arguments in lines:
+        arguments = [str(ROOT / word) if word.startswith("recipes/") else word for word in arguments]
+        if verb == "fit":
+            arguments += ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "2"]
+        if "--out" in arguments and verb == "generate":
+            arguments += ["--max_new_tokens", "8"]
+        if verb == "bench":
+            arguments += ["--new_tokens", "8"]
+        assert main([verb, *arguments]) == 0, capsys.readouterr().err
+    for written in ("layerskip/exit_heads.safetensors", "layerskip-times/bench.csv", "said.jsonl"):
+        assert (workplace / written).stat().st_size > 0
+    assert main(["generate", "layerskip", "--prompt", "name", "--max_new_tokens", "4", "--json"]) == 0
+    assert '"policy": "speculative:exit=1,draft=5"' in capsys.readouterr().out
+
+
 def test_python_runs(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     (body,) = commands("python")
