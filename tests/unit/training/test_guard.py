@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.nn.utils import clip_grad_norm_
 
@@ -174,6 +175,7 @@ def test_statistics_go_on_after_a_resume_in_the_middle(tmp_path):
 def test_phases_with_losses_of_their_own_are_watched_apart():
     guard = NumberGuard()
     fit("ddp, gates", range(4), guard=guard)  # warm-up, gates, exits, gates
+    dist.destroy_process_group()  # one of one process, which other tests must not find
     counts = {phase: watch["count"] for phase, watch in guard.state_dict()["watches"].items()}
     assert counts == {"0": 1, "1": 2, "2": 1}
 
