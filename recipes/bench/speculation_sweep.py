@@ -11,7 +11,7 @@ eetrain.evaluation.speed_model makes of them, (a) if each draft were right with 
 (b) with the measured tokens a round. Where (b) is above the measured, rounds take longer than their parts, and the two
 columns of milliseconds say by how much; where (a) differs from (b), right drafts come in streaks.
 
-Writes sweep.csv, sweep.json and sweep.png.
+Writes sweep.csv, sweep.json (there also how transformers' own drafting compares with its plain search) and sweep.png.
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ def main() -> None:
     model, encoder, samples = opened(args, exits)
     grid = {args.policy.format(exit=e, draft=g): (e, g) for e in exits for g in drafts}
     rows: list[dict[str, Any]] = []
+    rivals: list[dict[str, Any]] = []
     unavailable: dict[str, str] = {}
     for size in numbers(args.batch_sizes):
         workload = real_prompts(samples, size, encoder.pad_id, model.device)
         setting = measure(model, workload, grid, args)
         costs = {e: measured_costs(model, setting, e, drafts, args) for e in exits}
         rows += [row(setting, name, grid[name], costs, model.num_blocks) for name in grid]
+        rivals += rivals_of(setting)
         unavailable |= setting.unavailable
-    write(args, model, rows, unavailable)
-    report(rows, unavailable)
+    write(args, model, rows, rivals, unavailable)
+    report(rows, rivals, unavailable)
 
 
 def arguments() -> argparse.Namespace:
@@ -169,13 +171,34 @@ def row(
     }
 
 
+def rivals_of(setting: Setting) -> list[dict[str, Any]]:
+    """transformers' own ways, and how many times faster than its plain greedy search each is."""
+    dynamic = setting.find("dynamic")
+    rivals = [entry for entry in setting.measured if entry.candidate.kind == "assistant"]
+    never = setting.find("never")
+    return [
+        {
+            "batch_size": setting.workload.batch_size,
+            "candidate": entry.candidate.name,
+            "over_dynamic": ratio(entry, dynamic),
+        }
+        for entry in [never, *rivals]
+        if entry is not None
+    ]
+
+
 def write(
-    args: argparse.Namespace, model: MultiExitModel, rows: list[dict[str, Any]], unavailable: dict[str, str]
+    args: argparse.Namespace,
+    model: MultiExitModel,
+    rows: list[dict[str, Any]],
+    rivals: list[dict[str, Any]],
+    unavailable: dict[str, str],
 ) -> None:
     folder = Path(args.out)
     where = machine(model)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
-    write_json(folder / "sweep.json", {"settings": settings, "machine": where, "rows": rows, "missing": unavailable})
+    found = {"settings": settings, "machine": where, "rows": rows, "rivals": rivals, "missing": unavailable}
+    write_json(folder / "sweep.json", found)
     with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -187,7 +210,7 @@ def write(
     draw_map(rows, folder / "sweep.png", title, where)
 
 
-def report(rows: Sequence[dict[str, Any]], unavailable: dict[str, str]) -> None:
+def report(rows: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]], unavailable: dict[str, str]) -> None:
     columns = {
         "batch_size": "batch",
         "exit": "exit",
@@ -205,6 +228,9 @@ def report(rows: Sequence[dict[str, Any]], unavailable: dict[str, str]) -> None:
     print("  ".join(f"{title:>12}" for title in columns.values()))
     for found in rows:
         print("  ".join(f"{shown(found[key]):>12}" for key in columns))
+    for rival in rivals:
+        where, times = f"{rival['candidate']}, batch {rival['batch_size']}", shown(rival["over_dynamic"])
+        print(f"{where}: {times} x transformers' greedy search")
     for name, reason in unavailable.items():
         print(f"{name}: {reason}")
 

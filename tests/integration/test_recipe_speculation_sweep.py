@@ -24,7 +24,7 @@ def test_every_cell_is_measured_and_drawn(sweep, tmp_path, monkeypatch, capsys):
     write_tied(tmp_path / "model", dtype=torch.float32)
     capsys.readouterr()
     flags = ["--exits", "1,3", "--drafts", "2,4", "--batch_sizes", "1,2", "--new_tokens", 4, "--repeats", 2]
-    flags += ["--policy", "threshold:2,exits={exit},cap={draft}", "--limit", 4, "--out", tmp_path / "out"]
+    flags += ["--limit", 4, "--out", tmp_path / "out"]
     run(monkeypatch, sweep, tmp_path, *flags)
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
     cells = [(row["batch_size"], row["exit"], row["draft"]) for row in found["rows"]]
@@ -38,14 +38,23 @@ def test_every_cell_is_measured_and_drawn(sweep, tmp_path, monkeypatch, capsys):
     }
     for row in found["rows"]:
         assert row["over_never_min"] <= row["over_never"] <= row["over_never_max"]
-        assert row["acceptance"] is row["predicted"] is None, "threshold does not speculate"
+        assert 0 <= row["acceptance"] <= 1 <= row["tokens_per_round"] <= row["draft"] + 1
+        assert row["predicted"] > 0
+        assert row["round_ms"] > 0
         assert min(row["early_ms"], row["head_ms"], row["full_ms"], row["verify_ms"]) > 0
     with (tmp_path / "out" / "sweep.csv").open() as file:
         assert [float(line["over_never"]) for line in csv.DictReader(file)] == [
             row["over_never"] for row in found["rows"]
         ]
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 8 + 6
+    rivals = [(rival["batch_size"], rival["candidate"]) for rival in found["rivals"]]
+    assert rivals == [
+        (1, "never"),
+        *((1, f"assistant:{layer}{draft}") for layer in (1, 3) for draft in ("", ",draft=2", ",draft=4")),
+        (2, "never"),
+    ]
+    assert all(rival["over_dynamic"] > 0 for rival in found["rivals"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 8 + 8 + 6
 
 
 @dataclass(frozen=True)
