@@ -1,6 +1,6 @@
 """Times of the parts of a decoding step on this machine: blocks, heads and tail, on one or several positions.
 
-Each part is run alone, again and again, against a cache that holds a context; the parts take turns, so that a machine
+Each part is run alone, some times on end, against a cache that holds a context; the parts take turns, so that a machine
 that slows down slows all of them, and medians are reported. Seconds.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from eetrain import MultiExitModel
 from eetrain.backbones import Harvest, Harvester
 from eetrain.decoding.cache import SlotCache, Window
+
+_BURST = 4
 
 
 @dataclass
@@ -75,15 +77,19 @@ class Parts:
 
 
 def medians(parts: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of each part, after one run that does not count."""
+    """Seconds of each part, run some times on end as decoding does: a few blocks then find their weights in the cache.
+
+    Of each burst the first run does not count.
+    """
     spent: dict[str, list[float]] = {name: [] for name in parts}
     with torch.inference_mode():
-        for count in range(repeats + 1):
+        for _ in range(repeats):
             for name, run in parts.items():
-                began = time.perf_counter()
                 run()
-                if count:
-                    spent[name].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                for _ in range(_BURST):
+                    run()
+                spent[name].append((time.perf_counter() - began) / _BURST)
     return {name: statistics.median(seconds) for name, seconds in spent.items()}
 
 
