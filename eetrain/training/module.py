@@ -26,6 +26,7 @@ from eetrain.training.checkpoint_state import (
     with_frozen_backbone,
     without_frozen_backbone,
 )
+from eetrain.training.consistency import check_consistency
 from eetrain.training.gate_metrics import GateMetrics, collapsed
 from eetrain.training.metrics import ExitMetrics, reset
 from eetrain.training.optimization import build_adamw, build_schedule
@@ -94,7 +95,7 @@ class EarlyExitModule(LightningModule):
         self.step_terms = StepTerms()  # of the present batch, known before the optimizer steps
         self._noise_seed: int | None = None
         self._tokens_seen: Tensor = torch.zeros((), dtype=torch.int64)
-        self._check_settings()
+        check_consistency(objective, self.settings, activation_checkpointing)
         self._record_settings()
 
     @classmethod
@@ -310,34 +311,6 @@ class EarlyExitModule(LightningModule):
 
     def _record(self) -> dict[str, Any]:
         return {"frozen_backbone": self.settings.backbone.path if self.settings.omits_backbone else None}
-
-    def _check_settings(self) -> None:
-        name, tuning = type(self.objective).__name__, self.settings.tuning
-        if self.objective.freezes_backbone and tuning != "frozen":
-            raise ConfigError(
-                f"The objective {name} trains exits of a frozen backbone, but model.tuning={tuning}.",
-                hint="Set model.tuning=frozen, or use MultiExitCrossEntropy.",
-            )
-        if self.settings.exits.gates is not None and not self.objective.trains_gates:
-            raise ConfigError(
-                f"model.exits.gates is set, but the objective {name} trains no gates.",
-                hint="Use JointGating, or leave model.exits.gates out.",
-            )
-        if self.objective.drops_blocks and tuning == "frozen":
-            raise ConfigError(
-                f"The objective {name} drops blocks, but with model.tuning=frozen none of them learns from it.",
-                hint="Leave dropout out of the objective, or set model.tuning=full or lora.",
-            )
-        if self.settings.backbone.load == "exits" and self.objective.needs_full_depth():
-            raise ConfigError(
-                f"model.backbone.load=exits leaves out the last blocks, but the objective {name} needs them.",
-                hint="Set model.backbone.load=full, or full_weight=0 in the objective.",
-            )
-        if self.activation_checkpointing and tuning == "frozen":
-            raise ConfigError(
-                "model.activation_checkpointing is on, but a frozen backbone keeps no activations.",
-                hint="Set model.activation_checkpointing=false.",
-            )
 
     def _check_strategy(self) -> None:
         wrapper = self.trainer.strategy.model
